@@ -1,0 +1,1266 @@
+"""PPO with PiSCO: finetune a pretrained encoder on a new visual task, bottom layers frozen (discrete actions).
+
+    python ppo_pisco.py --freeze-layers 2                                   # MSR Jump, shipped encoder, a few minutes
+    python ppo_pisco.py --encoder-weights none --ssl none                   # the same task from scratch
+    python ppo_pisco.py --resume runs/Jump-v0__ppo_pisco__1__1700000000     # go on with a killed run
+    tensorboard --logdir runs
+
+PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
+Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
+The file reads top to bottom: arguments, environments, networks, losses, rollout and update, checkpoints, evaluation,
+main. It needs no other file of this repository but the encoder weights, a `.safetensors` file.
+"""
+
+import contextlib
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class UsageError(Exception):
+    """What the user asked for can't be done; the message is one line that names the flag or file and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    # Experiment
+    exp_name: str = Path(__file__).stem
+    """the name of this experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of the environments, the initial weights, the minibatches and the augmentation"""
+    runs_dir: str = "runs"
+    """folder in which the run folder is made"""
+    resume: str | None = None
+    """run folder of a killed run to go on with; every other argument comes from that run"""
+    cuda: bool = True
+    """use a CUDA device where there is one"""
+    torch_deterministic: bool = True
+    """ask cuDNN for deterministic algorithms"""
+    torch_threads: int = 0
+    """CPU threads of PyTorch (0: PyTorch's own choice, one per physical core)"""
+    compile: bool = False
+    """compile the update with torch.compile; worth its start-up time on a GPU"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "pisco"
+    """the Weights & Biases project"""
+    wandb_entity: str | None = None
+    """the Weights & Biases team"""
+    capture_video: bool = False
+    """write a GIF of greedy episodes at every evaluation"""
+    checkpoint_interval: int = 10
+    """iterations between two checkpoints"""
+    eval_interval: int = 100_000
+    """environment steps between two evaluations; there is always one at the end (0: only that one)"""
+    eval_episodes: int = 10
+    """episodes per evaluation and policy (greedy, sampled); Jump-v0 plays every task once instead"""
+
+    # Environment
+    env_id: str = "Jump-v0"
+    """Jump-v0, an EnvPool id (Pong-v5, HealthGathering-v1) or a Gymnasium id, with image observations and discrete actions"""
+    jump_tasks: str = "target"
+    """Jump-v0: source, target, wide, narrow, random, grid, or a list of obstacle:floor such as 20:10,30:20"""
+    jump_reward: float = 1.0
+    """Jump-v0: bonus for reaching the right edge (the reference task pays 100)"""
+    jump_prior: float = 0.1
+    """Jump-v0: the untrained policy's probability of jumping (0.5: the usual uniform start)"""
+    reward_scale: float = 0.1
+    """factor on the training reward; logged returns are unscaled"""
+
+    # Encoder
+    encoder: Literal["nature", "impala"] = "nature"
+    """architecture of the encoder"""
+    feature_dim: int = 256
+    """size of the encoder's output z"""
+    encoder_weights: str = "shipped"
+    """a .safetensors file, `shipped` (the file of encoders/ for this environment, if any) or `none` (random weights)"""
+    freeze_layers: int | Literal["all"] = 0
+    """how many of the encoder's layers stay frozen, from the bottom (0: finetune everything)"""
+    freeze_random: bool = False
+    """allow freezing layers of an encoder with random weights"""
+
+    # PiSCO and its alternatives
+    ssl: Literal["pisco", "simsiam", "curl", "consistency", "none"] = "pisco"
+    """self-supervised loss on two augmented views"""
+    ssl_coef: float = 0.1
+    """weight lambda of the self-supervised loss"""
+    augmentation: Literal["shift", "shift+intensity", "noise"] = "shift"
+    """random augmentation A that makes the views"""
+    shift_pixels: int = 4
+    """largest shift in pixels, in each direction"""
+    projector_dim: int = 256
+    """hidden width of the projector h (pisco, simsiam)"""
+    curl_tau: float = 0.05
+    """curl: step of the key encoder's moving average, once per update"""
+
+    # PPO
+    total_timesteps: int = 300_000
+    """environment steps of the whole run"""
+    learning_rate: float = 1e-3
+    """learning rate of Adam"""
+    num_envs: int = 64
+    """parallel copies of the environment"""
+    num_steps: int = 64
+    """steps per copy in each rollout"""
+    anneal_lr: bool = True
+    """anneal the learning rate linearly to zero"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimation"""
+    num_minibatches: int = 8
+    """minibatches per epoch"""
+    update_epochs: int = 3
+    """epochs per rollout"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    clip_coef: float = 0.2
+    """clipping of the policy ratio and, with --clip-vloss, of the value"""
+    clip_vloss: bool = True
+    """clip the value loss"""
+    ent_coef: float = 0.003
+    """coefficient of the entropy bonus"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest gradient norm of the trained parameters"""
+    target_kl: float | None = None
+    """end an iteration's epochs once the approximate KL exceeds this"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environments: MSR Jump here, everything else from EnvPool or Gymnasium
+# ---------------------------------------------------------------------------------------------------------------------
+JUMP_GRID = [(x, y) for x in range(20, 46) for y in range(10, 21)]  # 286 tasks (obstacle, floor) of Agarwal et al. 2021
+JUMP_TASK_SETS = {
+    "source": [(x, y) for x in (20, 30, 40) for y in (10, 20)],  # the six of Tachet des Combes et al. 2018
+    "target": [(x, y) for x in (25, 35, 45) for y in (5, 15, 25)],
+    "wide": [(x, y) for x in range(20, 46, 5) for y in (10, 15, 20)],
+    "narrow": [(x, y) for x in range(28, 39, 2) for y in (13, 15, 17)],
+    "random": [JUMP_GRID[i] for i in np.random.RandomState(0).choice(286, 18, replace=False)],  # always the same 18
+    "grid": JUMP_GRID,
+}
+JUMP_OBSTACLES, JUMP_FLOORS = range(14, 48), range(41)  # valid positions
+
+
+def parse_jump_tasks(text):
+    """Task list [(obstacle x, floor height), ...] in pixels from a set's name or `20:10,30:20`. Raises UsageError."""
+    if text in JUMP_TASK_SETS:
+        return JUMP_TASK_SETS[text]
+    if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
+        raise UsageError(f"--jump-tasks {text!r}: give {', '.join(JUMP_TASK_SETS)} or a list such as 20:10,30:20")
+    tasks = [tuple(int(number) for number in pair.split(":")) for pair in text.split(",")]
+    for obstacle, floor in tasks:
+        if obstacle not in JUMP_OBSTACLES or floor not in JUMP_FLOORS:
+            raise UsageError(f"--jump-tasks {obstacle}:{floor}: the obstacle must lie in 14..47 and the floor in 0..40")
+    return list(dict.fromkeys(tasks))
+
+
+def evaluation_tasks(args):
+    """Jump's evaluation: the run's own tasks and the whole grid, each task once."""
+    return list(dict.fromkeys(parse_jump_tasks(args.jump_tasks) + JUMP_GRID))
+
+
+class JumpVectorEnv(VectorEnv):
+    """N copies of MSR Jump (Tachet des Combes et al. 2018), vectorised in NumPy.
+
+    Observations (N, 1, 60, 60) uint8, row index = height above the screen's bottom; actions 0 right, 1 jump; reward +1
+    per pixel moved, -1 on a collision instead, `exit_bonus` on top at the right edge. Each copy draws its task uniformly
+    from `tasks` at every reset, or plays the one named by `reset(options={"task_ids": (N,) ints})`. A done copy is reset
+    by the next step, which ignores its action (AutoresetMode.NEXT_STEP). The reference's limit of 600 steps can't be
+    reached: every step moves the agent one pixel, so an episode ends within 56.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}
+    SIZE, AGENT_W, AGENT_H, OBSTACLE_W, OBSTACLE_H, JUMP_HEIGHT = 60, 5, 10, 9, 10, 15  # pixels
+    WHITE, GREY = 255, 128  # 1.0 and 0.5 of the reference
+
+    def __init__(self, num_envs, tasks=JUMP_GRID, exit_bonus=100.0):
+        self.num_envs, self.tasks, self.exit_bonus = num_envs, list(tasks), exit_bonus
+        self.single_observation_space = gym.spaces.Box(0, 255, (1, self.SIZE, self.SIZE), np.uint8)
+        self.single_action_space = gym.spaces.Discrete(2)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.task_obstacle, self.task_floor = np.array(self.tasks, dtype=np.int64).T.copy()  # (tasks,) int64 each
+        self.backgrounds = np.stack([self._background(*task) for task in self.tasks])  # (tasks, 60, 60) uint8
+        rows, cols = np.divmod(np.arange(self.AGENT_H * self.AGENT_W), self.AGENT_W)
+        self.agent_rows, self.agent_cols = rows[None], cols[None]  # (1, 50) int64
+        self.task_ids, self.x, self.y = (np.zeros(num_envs, dtype=np.int64) for _ in range(3))
+        self.jumping, self.rising, self.done = (np.zeros(num_envs, dtype=bool) for _ in range(3))
+
+    def _background(self, obstacle, floor):
+        """Frame (60, 60) uint8 of a task without its agent: obstacle, then outline and floor over it."""
+        frame = np.zeros((self.SIZE, self.SIZE), np.uint8)
+        frame[floor : floor + self.OBSTACLE_H, obstacle : obstacle + self.OBSTACLE_W] = self.GREY
+        frame[[0, -1, floor], :] = self.WHITE
+        frame[:, [0, -1]] = self.WHITE
+        return frame
+
+    def _observe(self):
+        frames = self.backgrounds[self.task_ids]  # (N, 60, 60) uint8, a fresh copy
+        # The agent lies under everything else: it shows where the background is black. Pixels beyond the screen
+        # fall on the outline, which is white already.
+        last = self.SIZE - 1
+        pixels = (
+            np.arange(self.num_envs)[:, None],
+            np.minimum(self.y[:, None] + self.agent_rows, last),
+            np.minimum(self.x[:, None] + self.agent_cols, last),
+        )
+        under = frames[pixels]  # (N, 50) uint8
+        frames[pixels] = np.where(under == 0, self.WHITE, under)
+        return frames[:, None]
+
+    def _restart(self, mask, task_ids):
+        self.task_ids[mask] = task_ids
+        self.x[mask] = 0
+        self.y[mask] = self.task_floor[task_ids]
+        self.jumping[mask] = self.rising[mask] = self.done[mask] = False
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        task_ids = (options or {}).get("task_ids")
+        if task_ids is None:
+            task_ids = self.np_random.integers(len(self.tasks), size=self.num_envs)
+        self._restart(np.ones(self.num_envs, dtype=bool), np.asarray(task_ids, dtype=np.int64))
+        return self._observe(), {}
+
+    def step(self, actions):
+        moving = ~self.done
+        floor, obstacle = self.task_floor[self.task_ids], self.task_obstacle[self.task_ids]
+        takes_off = moving & ~self.jumping & (np.asarray(actions) == 1)
+        self.jumping |= takes_off
+        self.rising |= takes_off
+        self.rising &= self.y <= floor + self.JUMP_HEIGHT
+        self.y += np.where(self.jumping & moving, np.where(self.rising, 1, -1), 0)
+        self.jumping &= self.y > floor
+        self.x += moving
+
+        overlap_x = (obstacle + self.OBSTACLE_W > self.x) & (obstacle < self.x + self.AGENT_W)
+        collided = moving & overlap_x & (floor + self.OBSTACLE_H > self.y)  # y >= floor: the other side always overlaps
+        exited = moving & (self.x + self.AGENT_W > self.SIZE)
+        rewards = np.where(collided, -1.0, moving + self.exit_bonus * exited).astype(np.float32)
+        success = exited & ~collided
+        if self.done.any():
+            self._restart(self.done.copy(), self.np_random.integers(len(self.tasks), size=int(self.done.sum())))
+        self.done = collided | exited
+        return self._observe(), rewards, self.done.copy(), np.zeros(self.num_envs, dtype=bool), {"success": success}
+
+    def get_state(self):
+        """Everything that the next steps depend on, as plain lists and a JSON string."""
+        names = ("task_ids", "x", "y", "jumping", "rising", "done")
+        state = {name: getattr(self, name).tolist() for name in names}
+        return state | {"rng": json.dumps(self.np_random.bit_generator.state)}
+
+    def set_state(self, state):
+        """Restores get_state's result and returns the observation (N, 1, 60, 60) uint8 that belongs to it."""
+        self.np_random.bit_generator.state = json.loads(state["rng"])
+        for name in ("task_ids", "x", "y", "jumping", "rising", "done"):
+            getattr(self, name)[:] = state[name]
+        return self._observe()
+
+
+class ImageEnvs:
+    """One face for the three sources of vector environments: images (N, C, H, W) uint8 and true episode statistics.
+
+    All of them reset a finished copy on the step after its end (AutoresetMode.NEXT_STEP). So the observation that
+    comes with `terminated` or `truncated` is the episode's real last one, and the step after it is no transition.
+    """
+
+    def __init__(self, args, num_envs, seed, training=True):
+        self.num_envs, self.episodes = num_envs, []
+        self.source = env_source(args.env_id)
+        self.envs = {"jump": make_jump, "envpool": make_envpool, "gymnasium": make_gymnasium}[self.source](
+            args, num_envs, seed, training
+        )
+        self.seed = None if self.source == "envpool" else seed  # EnvPool takes its seed when it is made
+        if self.source == "envpool":  # whose spaces are those of one copy
+            space, actions = self.envs.observation_space, self.envs.action_space
+        else:
+            space, actions = self.envs.single_observation_space, self.envs.single_action_space
+        shape = getattr(space, "shape", None) or ()
+        if space.dtype != np.uint8 or len(shape) not in (2, 3):
+            raise UsageError(f"--env-id {args.env_id}: observations must be uint8 images, these are {space}")
+        if not isinstance(actions, gym.spaces.Discrete):
+            raise UsageError(f"--env-id {args.env_id}: actions must be Discrete, these are {actions}")
+        self.channels_last = len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4)
+        self.num_actions, self.first_action = int(actions.n), int(getattr(actions, "start", 0))
+        self.obs_shape = self._images(np.zeros((1, *shape), np.uint8)).shape[1:]  # (C, H, W)
+
+    def _images(self, obs):
+        obs = obs[:, None] if obs.ndim == 3 else obs
+        return obs.transpose(0, 3, 1, 2) if self.channels_last else obs
+
+    def reset(self, **kwargs):
+        """First observations (N, C, H, W) uint8 of fresh episodes."""
+        obs, _ = self.envs.reset(**({"seed": self.seed} if self.seed is not None else {}), **kwargs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
+        self.was_done = np.zeros(self.num_envs, dtype=bool)
+        return self._images(obs)
+
+    def step(self, actions):
+        """Steps every copy with actions (N,) int64.
+
+        Returns observations (N, C, H, W) uint8, rewards (N,) float32, terminated and truncated (N,) bool. Episodes
+        that ended by this step are left in `self.episodes` as dicts of env, return (unscaled), length and success.
+        """
+        obs, rewards, terminated, truncated, info = self.envs.step((actions + self.first_action).astype(np.int32))
+        alive = ~self.was_done  # the other rows only reset
+        self.returns += np.where(alive, info.get("reward", rewards), 0.0)  # EnvPool's Atari keeps the unclipped reward
+        self.lengths += alive
+        # A lost life ends an episode for the learner, not the game: EnvPool's Atari flags the real end in info.
+        over = truncated | (info["terminated"].astype(bool) if "terminated" in info else terminated)
+        self.episodes = []
+        for i in np.flatnonzero(over):
+            length = int(info["elapsed_step"][i]) if "elapsed_step" in info else int(self.lengths[i])
+            success = float(info["success"][i]) if "success" in info else math.nan
+            self.episodes.append({"env": int(i), "return": float(self.returns[i]), "length": length, "success": success})
+            self.returns[i], self.lengths[i] = 0.0, 0
+        self.was_done = terminated | truncated
+        return self._images(obs), np.asarray(rewards, dtype=np.float32), terminated, truncated
+
+    def get_state(self):
+        """State of Jump's copies and their unfinished episodes; the other sources have none that can be saved."""
+        statistics = {name: getattr(self, name).tolist() for name in ("returns", "lengths", "was_done")}
+        return {"envs": self.envs.get_state(), "statistics": statistics}
+
+    def set_state(self, state):
+        """Restores get_state's result and returns the observation (N, C, H, W) uint8 that belongs to it."""
+        self.reset()
+        for name, values in state["statistics"].items():
+            getattr(self, name)[:] = values
+        return self._images(self.envs.set_state(state["envs"]))
+
+    def close(self):
+        self.envs.close()
+
+
+def env_source(env_id):
+    """`jump`, `envpool` or `gymnasium`: who makes this environment. Raises UsageError for an unknown id."""
+    if env_id == "Jump-v0":
+        return "jump"
+    import envpool
+
+    if env_id in envpool.list_all_envs():
+        return "envpool"
+    try:
+        gym.spec(env_id)
+        return "gymnasium"
+    except (gym.error.Error, ImportError, ValueError):
+        known = ["Jump-v0", *envpool.list_all_envs(), *gym.registry]
+        close = difflib.get_close_matches(env_id, known, n=3) or ["Jump-v0", "Pong-v5", "HealthGathering-v1"]
+        raise UsageError(f"--env-id {env_id}: unknown environment; did you mean {', '.join(close)}?") from None
+
+
+def make_jump(args, num_envs, seed, training):
+    tasks = parse_jump_tasks(args.jump_tasks) if training else evaluation_tasks(args)
+    return JumpVectorEnv(num_envs, tasks, args.jump_reward)
+
+
+def make_envpool(args, num_envs, seed, training):
+    import envpool
+
+    wanted = {"episodic_life": training, "reward_clip": training, "use_combined_action": True}
+    try:
+        known = envpool.make_spec(args.env_id).config._fields
+        options = {key: value for key, value in wanted.items() if key in known}
+        return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
+    except ImportError as error:  # a missing system library: EnvPool says which
+        raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+
+
+def make_gymnasium(args, num_envs, seed, training):
+    try:
+        return gym.make_vec(
+            args.env_id,
+            num_envs=num_envs,
+            vectorization_mode="sync",
+            vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP},
+        )
+    except gym.error.DependencyNotInstalled as error:
+        raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+def layer_init(layer, std=math.sqrt(2), bias_const=0.0):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv0 = layer_init(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv1 = layer_init(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.conv1(F.relu(self.conv0(F.relu(x))))
+
+
+def nature_layers(channels):
+    """The three convolutional layers of Mnih et al. 2015."""
+    return [
+        nn.Sequential(layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()),
+        nn.Sequential(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()),
+        nn.Sequential(layer_init(nn.Conv2d(64, 64, 3)), nn.ReLU()),
+    ]
+
+
+def impala_layers(channels):
+    """The nine layers of Espeholt et al. 2018: three times a convolution with pooling and two residual blocks."""
+    layers = []
+    for width in (16, 32, 32):
+        layers += [
+            nn.Sequential(layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, stride=2, padding=1)),
+            ResidualBlock(width),
+            ResidualBlock(width),
+        ]
+        channels = width
+    return layers
+
+
+class Encoder(nn.Module):
+    """f: images (B, C, H, W) uint8 -> features z (B, feature_dim) float32, as a stack of layers numbered from the bottom.
+
+    The first `frozen` layers take no gradient, build no graph and stay in eval mode.
+    """
+
+    def __init__(self, architecture, obs_shape, feature_dim):
+        super().__init__()
+        layers = {"nature": nature_layers, "impala": impala_layers}[architecture](obs_shape[0])
+        try:
+            with torch.no_grad():
+                flat = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).numel()
+        except RuntimeError:
+            raise UsageError(f"--encoder {architecture}: images of {obs_shape[1]}x{obs_shape[2]} are too small") from None
+        rectify = [nn.ReLU()] if architecture == "impala" else []  # its residual blocks end without one
+        layers.append(nn.Sequential(*rectify, nn.Flatten(), layer_init(nn.Linear(flat, feature_dim)), nn.ReLU()))
+        self.layers = nn.ModuleList(layers)
+        self.frozen = 0
+
+    def freeze(self, count):
+        self.frozen = count
+        self.layers[:count].requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.layers[: self.frozen].eval()  # no statistics of a frozen layer move
+        return self
+
+    def forward(self, obs):
+        # Channels-last convolutions are more than twice as fast on a CPU.
+        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255.0  # (B, C, H, W) float32
+        with torch.no_grad():
+            for layer in self.layers[: self.frozen]:
+                x = layer(x)
+        for layer in self.layers[self.frozen :]:
+            x = layer(x)
+        return x
+
+    def table(self):
+        """The layers as text: index, type, parameters, frozen or trained."""
+        lines = ["layer  type                       parameters  state"]
+        for i, layer in enumerate(self.layers):
+            kind = "+".join(type(m).__name__ for m in layer) if isinstance(layer, nn.Sequential) else type(layer).__name__
+            size = sum(p.numel() for p in layer.parameters())
+            lines.append(f"{i + 1:>5}  {kind:<25}  {size:>10,}  {'frozen' if i < self.frozen else 'trained'}")
+        return "\n".join(lines)
+
+
+class Agent(nn.Module):
+    """Encoder f, policy head pi(.|z), value head, and the projector h of the self-supervised loss."""
+
+    def __init__(self, args, obs_shape, num_actions):
+        super().__init__()
+        dim = args.feature_dim
+        self.encoder = Encoder(args.encoder, obs_shape, dim)
+        self.actor = layer_init(nn.Linear(dim, num_actions), std=0.01)
+        self.critic = layer_init(nn.Linear(dim, 1), std=1)
+        self.projector = nn.Identity()  # consistency: PiSCO with h = identity
+        if args.ssl in ("pisco", "simsiam"):
+            self.projector = nn.Sequential(
+                layer_init(nn.Linear(dim, args.projector_dim)), nn.ReLU(), layer_init(nn.Linear(args.projector_dim, dim), 1)
+            )
+        elif args.ssl == "curl":
+            self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
+            self.key_encoder = Encoder(args.encoder, obs_shape, dim).requires_grad_(False)  # follows f, see update
+        if args.env_id == "Jump-v0":
+            # There is one right moment to jump, so a fair coin hardly ever clears an obstacle far away.
+            with torch.no_grad():
+                self.actor.bias[1] = math.log(args.jump_prior / (1 - args.jump_prior))
+
+    def forward(self, obs):
+        """Images (B, C, H, W) uint8 -> policy logits (B, A) and values (B,), float32."""
+        z = self.encoder(obs)
+        return self.actor(z), self.critic(z).squeeze(-1)
+
+
+def weights_path(args):
+    """The encoder file that --encoder-weights stands for, or None for random weights. Raises UsageError."""
+    if args.encoder_weights == "none":
+        return None
+    if args.encoder_weights != "shipped":
+        return Path(args.encoder_weights)
+    slug = args.env_id.replace("/", "-").lower()
+    path = Path(__file__).resolve().parent / "encoders" / f"{slug}__{args.encoder}__rl.safetensors"
+    if path.exists():
+        return path
+    if args.freeze_layers:
+        raise UsageError(
+            f"--encoder-weights shipped: no {args.encoder} encoder for {args.env_id} is shipped ({path.name}); "
+            "give a .safetensors file, or none with --freeze-layers 0"
+        )
+    return None
+
+
+def load_encoder(path, encoder, architecture, obs_shape):
+    """Fills `encoder` from a .safetensors file and returns the file's metadata.
+
+    Nothing in the file is executed. Raises UsageError where the file is missing, damaged, not an encoder's, of another
+    architecture or shape, or holds values that are not finite.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("architecture", "an unknown architecture")
+            if found != architecture:
+                raise UsageError(f"--encoder-weights {path}: holds {found}, not {architecture}; see --encoder")
+            expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            if shapes != expected:
+                wrong = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))[0]
+                raise UsageError(
+                    f"--encoder-weights {path}: tensor {wrong} is {shapes.get(wrong, 'missing')} in the file, "
+                    f"{expected.get(wrong, 'unknown')} here; the file was made for images "
+                    f"{metadata.get('observation_shape')} and --feature-dim {metadata.get('feature_dim')}"
+                )
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except FileNotFoundError:
+        raise UsageError(f"--encoder-weights {path}: no such file; make one with pretrain_encoder.py") from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"--encoder-weights {path}: not a readable .safetensors file ({error})") from None
+    if metadata.get("observation_shape") != json.dumps(list(obs_shape)):
+        raise UsageError(
+            f"--encoder-weights {path}: made for images {metadata.get('observation_shape')}, these are {list(obs_shape)}"
+        )
+    if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values()):
+        raise UsageError(f"--encoder-weights {path}: holds values that are not finite float32; make the file anew")
+    encoder.load_state_dict(tensors)
+    return metadata
+
+
+def save_encoder(path, encoder, args, obs_shape, global_step):
+    """Writes the encoder with the metadata that load_encoder checks and a reader wants to know."""
+    metadata = {
+        "architecture": args.encoder,
+        "feature_dim": str(args.feature_dim),
+        "observation_shape": json.dumps(list(obs_shape)),
+        "environment": args.env_id,
+        "tasks": args.jump_tasks if args.env_id == "Jump-v0" else "",
+        "objective": f"rl (ppo, ssl {args.ssl})",
+        "steps": str(global_step),
+        "seed": str(args.seed),
+        "versions": json.dumps({"torch": torch.__version__, "gymnasium": gym.__version__, "numpy": np.__version__}),
+    }
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in encoder.state_dict().items()}
+    write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentations and losses: pure functions
+# ---------------------------------------------------------------------------------------------------------------------
+def random_shift(images, pixels):
+    """Shifts each image by its own random whole number of pixels, -pixels..pixels in both axes, replicating the border.
+
+    images (B, C, H, W), any dtype -> the same shape and dtype. The shift of DrQ (Kostrikov et al. 2021), by index.
+    """
+    b, c, h, w = images.shape
+    dy, dx = torch.randint(-pixels, pixels + 1, (2, b, 1), device=images.device)  # (B, 1) int64 each
+    rows = (torch.arange(h, device=images.device) + dy).clamp_(0, h - 1)  # (B, H): clamping the index replicates
+    cols = (torch.arange(w, device=images.device) + dx).clamp_(0, w - 1)  # (B, W)
+    index = (rows[:, :, None] * w + cols[:, None, :]).view(b, 1, h * w).expand(b, c, h * w)
+    return images.reshape(b, c, h * w).gather(2, index).view(b, c, h, w)
+
+
+def random_intensity(images, scale=0.1):
+    """Multiplies each image by 1 + scale * clip(N(0, 1), -2, 2), after Kostrikov et al. 2021; uint8 in and out."""
+    noise = torch.randn(images.shape[0], 1, 1, 1, device=images.device).clamp_(-2.0, 2.0)
+    return (images * (1.0 + scale * noise)).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def random_noise(images, std=12.75):
+    """Adds Gaussian noise to every pixel, 5% of the range by default; uint8 in and out."""
+    return (images + std * torch.randn(images.shape, device=images.device)).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def augment(images, kind, pixels):
+    """One draw of the augmentation A: (B, C, H, W) uint8 -> (B, C, H, W) uint8."""
+    if kind == "noise":
+        return random_noise(images)
+    shifted = random_shift(images, pixels)
+    return random_intensity(shifted) if kind == "shift+intensity" else shifted
+
+
+def categorical_kl(p_logits, q_logits):
+    """KL(p || q) of categorical distributions, exact: logits (B, A) -> (B,)."""
+    p, q = F.log_softmax(p_logits, dim=-1), F.log_softmax(q_logits, dim=-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def pisco_loss(z1_logits, z2_logits, p1_logits, p2_logits):
+    """PiSCO (Arnold and Sha 2023): 1/2 mean KL(sg pi(.|z1) || pi(.|p2)) + 1/2 mean KL(sg pi(.|z2) || pi(.|p1)).
+
+    Takes the policy's logits (B, A) at the features z and at the projections p = h(z) of both views. The gradient flows
+    through the p side alone.
+    """
+    one_two = categorical_kl(z1_logits.detach(), p2_logits).mean()
+    two_one = categorical_kl(z2_logits.detach(), p1_logits).mean()
+    return 0.5 * (one_two + two_one)
+
+
+def simsiam_loss(z1, z2, p1, p2):
+    """Symmetrised negative cosine similarity of sg z and p (Chen and He 2021, eq. 2); features (B, D)."""
+    one_two = F.cosine_similarity(z1.detach(), p2, dim=-1).mean()
+    two_one = F.cosine_similarity(z2.detach(), p1, dim=-1).mean()
+    return -0.5 * (one_two + two_one)
+
+
+def info_nce_loss(queries, keys):
+    """InfoNCE (van den Oord et al. 2018): query i (B, D) has to pick key i out of all keys (B, D), by dot product."""
+    return F.cross_entropy(queries @ keys.T, torch.arange(len(keys), device=keys.device))
+
+
+def compute_gae(rewards, values, next_value, terminated, truncated, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    rewards, values, terminated, truncated (T, N) belong to step t; next_value (N,) is V of the observation after the
+    last step. values[t + 1] is V of the observation that step t led to, an episode's last one included: so a truncated
+    episode bootstraps from it and a terminated one does not. Returns advantages and returns, (T, N) float32.
+    """
+    next_values = torch.cat([values[1:], next_value[None]])
+    deltas = rewards + gamma * next_values * (~terminated) - values
+    discounts = gamma * gae_lambda * (~(terminated | truncated))
+    advantages = torch.zeros_like(values)
+    lastgaelam = torch.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        advantages[t] = lastgaelam = deltas[t] + discounts[t] * lastgaelam
+    return advantages, advantages + values
+
+
+def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
+    """Clipped PPO loss (Schulman et al. 2017, eq. 9) as in CleanRL: logits (B, A), all else (B,) -> loss and statistics."""
+    log_probs = F.log_softmax(logits, dim=-1)
+    newlogprob = log_probs.gather(1, actions[:, None]).squeeze(1)
+    logratio = newlogprob - logprobs
+    ratio = logratio.exp()
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+    v_loss = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        v_clipped = values + (newvalue - values).clamp(-args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - returns) ** 2)
+    v_loss = 0.5 * v_loss.mean()
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+        approx_kl, clipfrac = ((ratio - 1) - logratio).mean(), ((ratio - 1).abs() > args.clip_coef).float().mean()
+    stats = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
+    return loss, stats | {"old_approx_kl": (-logratio).mean(), "approx_kl": approx_kl, "clipfrac": clipfrac}
+
+
+def ssl_loss(agent, views, z1, z2, kind):
+    """The self-supervised loss `kind` on two views (2B, C, H, W) uint8 with features z1, z2 (B, D), and the share of
+    states whose views get the same greedy action."""
+    p1, p2 = agent.projector(torch.cat([z1, z2])).chunk(2)
+    z1_logits, z2_logits = agent.actor(torch.cat([z1, z2]).detach()).chunk(2)
+    if kind in ("pisco", "consistency"):
+        p1_logits, p2_logits = agent.actor(torch.cat([p1, p2])).chunk(2)
+        loss = pisco_loss(z1_logits, z2_logits, p1_logits, p2_logits)
+    elif kind == "simsiam":
+        loss = simsiam_loss(z1, z2, p1, p2)
+    else:  # curl, symmetrised like the others
+        with torch.no_grad():
+            k1, k2 = agent.key_encoder(views).chunk(2)
+        loss = 0.5 * (info_nce_loss(p1, k2) + info_nce_loss(p2, k1))
+    return loss, (z1_logits.argmax(-1) == z2_logits.argmax(-1)).float().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout and update
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Rollout:
+    """T steps of N copies. `valid` is False where a step only reset its copy; those rows are not trained on."""
+
+    obs: torch.Tensor  # (T, N, C, H, W) uint8
+    actions: torch.Tensor  # (T, N) int64
+    logprobs: torch.Tensor  # (T, N) float32
+    values: torch.Tensor  # (T, N) float32
+    rewards: torch.Tensor  # (T, N) float32, on the CPU like the next three
+    terminated: torch.Tensor  # (T, N) bool
+    truncated: torch.Tensor  # (T, N) bool
+    valid: torch.Tensor  # (T, N) bool
+
+    @classmethod
+    def empty(cls, num_steps, num_envs, obs_shape, device):
+        def zeros(dtype, where, *shape):
+            return torch.zeros((num_steps, num_envs, *shape), dtype=dtype, device=where)
+
+        return cls(
+            zeros(torch.uint8, device, *obs_shape), zeros(torch.int64, device), zeros(torch.float32, device),
+            zeros(torch.float32, device), zeros(torch.float32, "cpu"), zeros(torch.bool, "cpu"),
+            zeros(torch.bool, "cpu"), zeros(torch.bool, "cpu"),
+        )  # fmt: skip
+
+
+def to_device(obs, device):
+    """Observations (N, C, H, W) uint8 as a tensor on the device, without waiting for the copy."""
+    obs = torch.from_numpy(np.ascontiguousarray(obs))
+    return obs.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else obs
+
+
+@torch.no_grad()
+def collect_rollout(agent, envs, rollout, next_obs, args):
+    """Fills `rollout` in place from observation next_obs (N, C, H, W) uint8.
+
+    Returns the observation after the last step, its value (N,) and the episodes that ended on the way.
+    """
+    episodes = []
+    for step in range(args.num_steps):
+        rollout.obs[step] = next_obs
+        rollout.valid[step] = torch.from_numpy(~envs.was_done)
+        logits, rollout.values[step] = agent(next_obs)
+        log_probs = F.log_softmax(logits, dim=-1)
+        action = torch.multinomial(log_probs.exp(), 1)  # (N, 1) int64
+        rollout.actions[step] = action.squeeze(1)
+        rollout.logprobs[step] = log_probs.gather(1, action).squeeze(1)
+        obs, rewards, terminated, truncated = envs.step(action.squeeze(1).cpu().numpy())
+        rollout.rewards[step] = torch.from_numpy(rewards) * args.reward_scale
+        rollout.terminated[step] = torch.from_numpy(terminated)
+        rollout.truncated[step] = torch.from_numpy(truncated)
+        next_obs = to_device(obs, rollout.obs.device)
+        episodes += envs.episodes
+    return next_obs, agent(next_obs)[1], episodes
+
+
+def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, values, args):
+    """L = L_RL + lambda L_ssl on one minibatch: obs (B, C, H, W) uint8, all else (B,) -> loss and statistics."""
+    views = obs[:0]
+    if args.ssl != "none":
+        views = torch.cat([augment(obs, args.augmentation, args.shift_pixels) for _ in range(2)])  # (2B, C, H, W)
+    z, z1, z2 = agent.encoder(torch.cat([obs, views])).split([len(obs), len(views) // 2, len(views) // 2])
+    loss, stats = ppo_loss(
+        agent.actor(z), agent.critic(z).squeeze(-1), actions, logprobs, advantages, returns, values, args
+    )
+    stats["dead_features"] = (z == 0).all(dim=0).float().mean()
+    if args.ssl != "none":
+        stats[args.ssl], stats["view_agreement"] = ssl_loss(agent, views, z1, z2, args.ssl)
+        loss = loss + args.ssl_coef * stats[args.ssl]
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def grad_norm(parameters):
+    """Euclidean norm of all gradients together; 0 where there is none."""
+    norms = [p.grad.norm() for p in parameters if p.grad is not None]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
+
+
+def update(agent, optimizer, rollout, next_value, args, loss_function=minibatch_loss):
+    """One iteration's epochs over the rollout. Returns the statistics' means over all minibatches, as floats."""
+    device = rollout.obs.device
+    advantages, returns = compute_gae(
+        rollout.rewards, rollout.values.cpu(), next_value.cpu(), rollout.terminated, rollout.truncated,
+        args.gamma, args.gae_lambda,
+    )  # fmt: skip
+    b_obs = rollout.obs.flatten(0, 1)  # (T * N, C, H, W) uint8
+    columns = (rollout.actions, rollout.logprobs, advantages, returns, rollout.values)
+    b_columns = [column.to(device).flatten() for column in columns]  # (T * N,) each
+    b_valid = rollout.valid.flatten()
+    valid_inds = b_valid.nonzero().squeeze(1)
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    frozen = list(agent.encoder.layers[: agent.encoder.frozen].parameters())
+    history = []
+    for _ in range(args.update_epochs):
+        # Every minibatch has the same size: a few rows, drawn at random, come twice in place of the rows left out.
+        order = valid_inds[torch.randperm(len(valid_inds))].repeat(2)[: len(b_valid)].to(device)
+        for mb_inds in order.chunk(args.num_minibatches):
+            loss, stats = loss_function(agent, b_obs[mb_inds], *(column[mb_inds] for column in b_columns), args)
+            optimizer.zero_grad()
+            loss.backward()
+            stats["grad_norm_trained"] = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+            stats["grad_norm_frozen"] = grad_norm(frozen).to(device)
+            optimizer.step()
+            if args.ssl == "curl":
+                with torch.no_grad():
+                    for key, query in zip(agent.key_encoder.parameters(), agent.encoder.parameters()):
+                        key.lerp_(query, args.curl_tau)
+            history.append(stats)
+        if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
+            break
+    # The only wait for the device: one transfer of all statistics.
+    table = torch.stack([torch.stack(list(stats.values())) for stats in history]).mean(dim=0).tolist()
+    means = dict(zip(history[0], table))
+    b_returns, b_values = returns.flatten()[b_valid], rollout.values.cpu().flatten()[b_valid]
+    var_y = b_returns.var()
+    means["explained_variance"] = float(1 - (b_returns - b_values).var() / var_y) if var_y > 0 else math.nan
+    return means
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folder: checkpoints, metrics
+# ---------------------------------------------------------------------------------------------------------------------
+METRICS = [
+    "global_step", "charts/SPS", "charts/learning_rate", "charts/episodic_return", "charts/episodic_length",
+    "charts/success", "eval/greedy_return", "eval/sampled_return", "eval/greedy_success", "eval/sampled_success",
+    "eval/greedy_grid_success", "eval/sampled_grid_success", "losses/policy_loss", "losses/value_loss",
+    "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac", "losses/explained_variance",
+    "losses/pisco", "losses/simsiam", "losses/curl", "losses/consistency", "losses/view_agreement",
+    "losses/dead_features", "losses/grad_norm_trained", "losses/grad_norm_frozen",
+]  # fmt: skip
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside `path` and moves it there once it is on the disk whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """runs/<env>__<exp>__<seed>__<time>/: args.json, metrics.csv, TensorBoard events, checkpoint.pt and the one before
+    it, model.safetensors, encoder.safetensors and the evaluation's files."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, args):
+        name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        path = Path(args.runs_dir) / name
+        try:
+            while path.exists():  # another run of this second
+                path = path.with_name(path.name + "_")
+            path.mkdir(parents=True)
+            saved = {key: value for key, value in asdict(args).items() if key != "resume"}
+            write_atomically(path / "args.json", lambda file: file.write(json.dumps(saved, indent=2).encode()))
+        except OSError as error:
+            raise UsageError(f"--runs-dir {args.runs_dir}: can't make the run folder ({error})") from None
+        return cls(path)
+
+    def save_checkpoint(self, state):
+        """Writes checkpoint.pt; the one before it stays as checkpoint.previous.pt. Killed at any moment, one is whole."""
+        path = self.path / "checkpoint.pt"
+        if path.exists():
+            previous = self.path / "checkpoint.previous.pt"
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+        write_atomically(path, lambda file: torch.save(state, file))
+
+    def load_checkpoint(self, device):
+        """The newest whole checkpoint, or None before the first one. Never unpickles code (weights_only)."""
+        broken = None
+        for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+            try:
+                return torch.load(self.path / name, map_location=device, weights_only=True)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
+                broken = broken or f"{self.path / name} is damaged ({str(error).splitlines()[0]})"
+        if broken:
+            raise UsageError(f"--resume: {broken} and there is no other checkpoint; start the run anew")
+        return None
+
+    def open_logs(self, args, global_step):
+        """Opens metrics.csv and TensorBoard to go on after global_step; later rows of a killed run are dropped."""
+        path, kept = self.path / "metrics.csv", []
+        if path.exists():
+            with open(path, newline="") as file:
+                # A row cut short by a kill has no last column.
+                kept = [r for r in csv.DictReader(file) if None not in r.values() and int(r["global_step"]) <= global_step]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, METRICS)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        self.csv_file = open(path, "a", newline="")
+        self.csv_writer = csv.DictWriter(self.csv_file, METRICS)
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, id=self.path.name,
+                resume="allow", config=asdict(args), sync_tensorboard=True,
+            )  # fmt: skip
+        self.tensorboard = SummaryWriter(self.path, purge_step=global_step + 1 if global_step else None)
+        if not global_step:
+            rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+            self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    def log(self, row):
+        """Appends one iteration's numbers, keyed by METRICS, to metrics.csv and TensorBoard. NaN means: none yet."""
+        row = {key: value for key, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+        self.csv_writer.writerow(row)
+        self.csv_file.flush()
+        for key, value in row.items():
+            if key != "global_step":
+                self.tensorboard.add_scalar(key, value, row["global_step"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.csv_file.close()
+        self.tensorboard.close()
+        if kind is KeyboardInterrupt:
+            print(f"ppo_pisco.py: interrupted; go on with: python ppo_pisco.py --resume {self.path}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def play_episodes(agent, envs, device, greedy, seed, frames=None):
+    """The first episode of every copy: a list of dicts as in ImageEnvs.step, in the copies' order.
+
+    Sampling has a generator of its own, so evaluating changes nothing in the training. The observations of the first
+    nine copies are appended to `frames`, where given.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    obs = envs.reset(**({"options": {"task_ids": np.arange(envs.num_envs)}} if envs.source == "jump" else {}))
+    episodes = [None] * envs.num_envs
+    while None in episodes:
+        if frames is not None:
+            frames.append(obs[:9].copy())
+        logits, _ = agent(to_device(obs, device))
+        action = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        obs, *_ = envs.step(action.cpu().numpy())
+        for episode in envs.episodes:
+            episodes[episode["env"]] = episodes[episode["env"]] or episode
+    return episodes
+
+
+def evaluate(agent, args, device, global_step, folder):
+    """Plays greedy and sampled episodes, writes evaluation.json (Jump: heatmap.png; on request: a GIF) and returns the
+    averages under their metric names."""
+    tasks = evaluation_tasks(args) if args.env_id == "Jump-v0" else None
+    results, metrics = {"global_step": global_step, "env_id": args.env_id}, {}
+    frames = [] if args.capture_video else None
+    for policy in ("greedy", "sampled"):
+        seed = args.seed + 1_000_003  # apart from the training's seeds
+        envs = ImageEnvs(args, len(tasks) if tasks else args.eval_episodes, seed, training=False)
+        episodes = play_episodes(agent, envs, device, policy == "greedy", seed, frames if policy == "greedy" else None)
+        envs.close()
+        own = episodes[: len(parse_jump_tasks(args.jump_tasks))] if tasks else episodes
+        metrics[f"eval/{policy}_return"] = float(np.mean([episode["return"] for episode in own]))
+        metrics[f"eval/{policy}_success"] = float(np.mean([episode["success"] for episode in own]))
+        results[policy] = [{key: e[key] for key in ("return", "length") if key in e} for e in own]
+        if tasks:
+            solved = {f"{x}:{y}": bool(e["success"]) for (x, y), e in zip(tasks, episodes)}
+            metrics[f"eval/{policy}_grid_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID]))
+            results[policy] = {"tasks": {name: solved[name] for name in list(solved)[: len(own)]}, "all_tasks": solved}
+    results["metrics"] = {key: value for key, value in metrics.items() if not math.isnan(value)}
+    write_atomically(folder / "evaluation.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+    if tasks:
+        draw_heatmap(folder / "heatmap.png", results["greedy"]["all_tasks"], parse_jump_tasks(args.jump_tasks), args.seed)
+    if frames:
+        write_gif(folder / f"evaluation_{global_step}.gif", frames, flip=bool(tasks))
+    return metrics
+
+
+def draw_heatmap(path, solved, trained, seed):
+    """PNG of a policy's solved tasks over obstacle x floor; `solved` maps "obstacle:floor" to bool, `trained` is outlined."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch, Rectangle
+
+    places = [tuple(int(number) for number in name.split(":")) for name in solved]
+    (x0, y0), (x1, y1) = np.min(places, axis=0), np.max(places, axis=0)
+    image = np.full((y1 - y0 + 1, x1 - x0 + 1), np.nan)
+    for (x, y), value in zip(places, solved.values()):
+        image[y - y0, x - x0] = value
+    figure, axes = plt.subplots(figsize=(8, 0.25 * image.shape[0] + 1.6), layout="constrained")
+    colours = ["#d55e00", "#0072b2"]  # colour-blind safe: vermilion, blue
+    axes.imshow(image, origin="lower", extent=(x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5), cmap=ListedColormap(colours), vmin=0, vmax=1)
+    for x, y in trained:
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2))
+    axes.set(xlabel="obstacle (pixels)", ylabel="floor (pixels)", facecolor="#eeeeee")
+    grid = np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID])
+    axes.set_title(f"greedy policy, seed {seed}: {np.mean([solved[f'{x}:{y}'] for x, y in trained]):.0%} of the trained tasks, {grid:.0%} of the 286 grid tasks")
+    handles = [Patch(color=colours[1], label="solved"), Patch(color=colours[0], label="not solved"), Patch(fill=False, edgecolor="black", linewidth=2, label="trained on")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    plt.close(figure)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def write_gif(path, frames, flip, scale=2):
+    """GIF of frames [(n, C, H, W) uint8, ...] with the n copies side by side in rows of three; `flip` puts row 0 at the bottom."""
+    from PIL import Image
+
+    images = []
+    for obs in frames[:1000]:
+        # The newest frame of a stack: its last RGB triple where the channels come in threes, else the last channel.
+        rgb = obs[:, -3:] if obs.shape[1] % 3 == 0 else obs[:, -1:].repeat(3, axis=1)  # (n, 3, H, W)
+        tiles = np.pad(rgb[:, :, ::-1] if flip else rgb, ((0, -len(rgb) % 3 if len(rgb) > 3 else 0), (0, 0), (1, 1), (1, 1)))
+        rows = tiles.reshape(-1, min(3, len(tiles)), *tiles.shape[1:])  # (rows, columns, 3, H, W)
+        sheet = rows.transpose(0, 3, 1, 4, 2).reshape(rows.shape[0] * rows.shape[3], -1, 3)
+        images.append(Image.fromarray(np.ascontiguousarray(sheet)).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.NEAREST))
+    buffer = io.BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+def check_args(args):
+    """Raises UsageError for values that no run can have, before anything is made or written."""
+    positive = "num_envs num_steps num_minibatches update_epochs feature_dim projector_dim checkpoint_interval eval_episodes learning_rate"
+    for name in positive.split():
+        if not getattr(args, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    for name in "seed torch_threads eval_interval ssl_coef shift_pixels ent_coef vf_coef max_grad_norm".split():
+        if not getattr(args, name) >= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    for name in "gamma gae_lambda curl_tau".split():
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0..1")
+    if not 0 < args.jump_prior < 1:
+        raise UsageError(f"--jump-prior {args.jump_prior}: must lie between 0 and 1")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide num_envs * num_steps = {batch_size}")
+    if batch_size // args.num_minibatches < 2:
+        raise UsageError(f"--num-minibatches {args.num_minibatches}: leaves fewer than two of {batch_size} rows to each")
+    if args.total_timesteps < batch_size:
+        raise UsageError(
+            f"--total-timesteps {args.total_timesteps}: less than one iteration of num_envs * num_steps = {batch_size}"
+        )
+    parse_jump_tasks(args.jump_tasks)
+    if args.track:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise UsageError("--track: Weights & Biases is not installed; pip install wandb") from None
+
+
+def parse_args(argv=None):
+    """The arguments of the command line; with --resume those of the run, which other flags may repeat but not change.
+
+    Raises UsageError, for what the command line's syntax forbids as well.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            args = tyro.cli(Args, args=argv, description=__doc__)
+            if args.resume is None:
+                return args
+            path = Path(args.resume) / "args.json"
+            saved = json.loads(path.read_text())
+            if set(saved) != {field.name for field in fields(Args)} - {"resume"}:
+                raise UsageError(f"--resume {args.resume}: args.json was written by another version of this script")
+            saved = Args(**saved, resume=args.resume)
+            asked = tyro.cli(Args, args=argv, default=saved)
+    except FileNotFoundError:
+        raise UsageError(f"--resume {args.resume}: not a run folder, it has no args.json") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume {args.resume}: args.json can't be read ({error})") from None
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(" ".join(re.sub("[\u2500-\u257f]", " ", stderr.getvalue()).split())) from None
+    for key, value in asdict(saved).items():
+        if getattr(asked, key) != value:
+            flag = key.replace("_", "-")
+            raise UsageError(f"--{flag} {getattr(asked, key)}: the run was made with {value}; drop --{flag} or start a new run")
+    return saved
+
+
+def make_agent(args, envs, device):
+    """The agent with its encoder loaded and frozen as asked for, and what is said of that on screen. Raises UsageError."""
+    agent = Agent(args, envs.obs_shape, envs.num_actions)
+    encoder, path = agent.encoder, weights_path(args)
+    count = len(encoder.layers) if args.freeze_layers == "all" else args.freeze_layers
+    if not 0 <= count <= len(encoder.layers):
+        raise UsageError(f"--freeze-layers {count}: the {args.encoder} encoder has layers 0..{len(encoder.layers)}")
+    if path is None and count and not args.freeze_random:
+        raise UsageError(f"--freeze-layers {count}: the encoder's weights are random; give --encoder-weights, or --freeze-random")
+    origin = "random weights"
+    if path is not None:
+        metadata = load_encoder(path, encoder, args.encoder, envs.obs_shape)
+        origin = f"{path}, {metadata.get('objective')} on {metadata.get('environment')} {metadata.get('tasks', '')}"
+    encoder.freeze(count)
+    if args.ssl == "curl":
+        agent.key_encoder.load_state_dict(encoder.state_dict())
+    text = f"encoder: {args.encoder} for {envs.obs_shape} images, {origin}\n{encoder.table()}"
+    return agent.to(device, memory_format=torch.channels_last), text
+
+
+def training_state(agent, optimizer, envs, iteration, recent, seconds):
+    """All that the next iteration depends on, as tensors and plain values."""
+    state = {
+        "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration,
+        "recent": list(recent), "seconds": seconds, "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all(),
+    }  # fmt: skip
+    if envs.source == "jump":
+        state["envs"] = envs.get_state()
+    return state
+
+
+def allocate(args, obs_shape, device):
+    """The rollout's storage. Raises UsageError where it can't fit into memory."""
+    size = args.num_steps * args.num_envs * math.prod(obs_shape)
+    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > 0.8 * memory:
+        raise UsageError(
+            f"--num-steps {args.num_steps} --num-envs {args.num_envs}: the rollout's images take {size / 2**30:.1f} GiB "
+            f"of {memory / 2**30:.1f} GiB; choose smaller numbers"
+        )
+    return Rollout.empty(args.num_steps, args.num_envs, obs_shape, device)
+
+
+def restore(state, agent, optimizer, envs):
+    """Puts a checkpoint's state back. Returns the observation to go on from."""
+    agent.load_state_dict(state["agent"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"].cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+    if "envs" in state:
+        return envs.set_state(state["envs"])
+    print("this environment can't save its state: fresh episodes from here, unlike in an uninterrupted run")
+    return envs.reset()
+
+
+def check_finite(losses, folder):
+    """Raises UsageError for losses or gradients that are NaN or infinite, before they reach a checkpoint."""
+    bad = [name for name, value in losses.items() if not math.isfinite(value) and name != "explained_variance"]
+    if bad:
+        raise UsageError(
+            f"{bad[0]} is not finite; the last good checkpoint is kept in {folder.path}; "
+            "try a smaller --learning-rate, --ssl-coef or --max-grad-norm"
+        )
+
+
+def episode_means(episodes):
+    """Averages over the latest finished episodes; NaN before the first one."""
+    columns = {"charts/episodic_return": "return", "charts/episodic_length": "length", "charts/success": "success"}
+    return {name: float(np.mean([e[key] for e in episodes])) if episodes else math.nan for name, key in columns.items()}
+
+
+def train(args):
+    """One whole run. Returns its folder. Raises UsageError for bad arguments and OSError where a file can't be written."""
+    check_args(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+
+    state = RunFolder(args.resume).load_checkpoint(device) if args.resume else None
+    start, recent, seconds = (state["iteration"], state["recent"], state["seconds"]) if state else (0, [], 0.0)
+    recent = deque(recent, maxlen=100)  # the latest finished episodes
+    # EnvPool and Gymnasium begin fresh episodes when resumed: not the first ones once more.
+    envs = ImageEnvs(args, args.num_envs, args.seed + 7919 * start)
+    agent, description = make_agent(args, envs, device)
+    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate, eps=1e-5)
+    rollout = allocate(args, envs.obs_shape, device)
+    loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
+
+    folder = RunFolder(args.resume) if args.resume else RunFolder.create(args)
+    print(description, f"run folder: {folder.path}", sep="\n", flush=True)
+    next_obs = to_device(restore(state, agent, optimizer, envs) if state else envs.reset(), device)
+    folder.open_logs(args, start * batch_size)
+    bar = tqdm(
+        initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True, file=sys.stdout,
+        mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
+    )  # fmt: skip
+    with bar, folder:
+        for iteration in range(start + 1, num_iterations + 1):
+            began = time.perf_counter()
+            global_step, last = iteration * batch_size, iteration == num_iterations
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = (1.0 - (iteration - 1.0) / num_iterations) * args.learning_rate
+            next_obs, next_value, episodes = collect_rollout(agent, envs, rollout, next_obs, args)
+            losses = update(agent, optimizer, rollout, next_value, args, loss_function)
+            check_finite(losses, folder)
+            recent.extend(episodes)
+            seconds += time.perf_counter() - began
+
+            row = {"global_step": global_step, "charts/SPS": global_step / seconds, **episode_means(recent)}
+            row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            row |= {f"losses/{name}": value for name, value in losses.items()}
+            if last or args.eval_interval and global_step // args.eval_interval > (global_step - batch_size) // args.eval_interval:
+                row |= evaluate(agent, args, device, global_step, folder.path)
+            folder.log(row)
+            if last or iteration % args.checkpoint_interval == 0:
+                folder.save_checkpoint(training_state(agent, optimizer, envs, iteration, recent, seconds))
+            shown = {"return": row["charts/episodic_return"], "success": row["charts/success"]}
+            bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if not math.isnan(value)}, refresh=False)
+            bar.update(batch_size)
+    envs.close()
+    tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
+    write_atomically(folder.path / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+    save_encoder(folder.path / "encoder.safetensors", agent.encoder, args, envs.obs_shape, num_iterations * batch_size)
+    return folder.path
+
+
+def main(argv=None):
+    """Runs the command line `argv`. Returns the exit code: 0, 2 for bad input or 130 after Ctrl-C."""
+    try:
+        folder = train(parse_args(argv))
+    except UsageError as error:
+        print(f"ppo_pisco.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"ppo_pisco.py: error: {error}; make room or change --runs-dir, then go on with --resume", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
+    print("evaluation:", ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
