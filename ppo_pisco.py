@@ -110,6 +110,8 @@ class Args:
     """self-supervised loss on two augmented views"""
     ssl_coef: float = 0.1
     """weight lambda of the self-supervised loss"""
+    ssl_fraction: float = 0.5
+    """share of every minibatch on which the self-supervised loss is computed"""
     augmentation: Literal["shift", "shift+intensity", "noise"] = "shift"
     """random augmentation A that makes the views"""
     shift_pixels: int = 4
@@ -428,9 +430,9 @@ class ResidualBlock(nn.Module):
 def nature_layers(channels):
     """The three convolutional layers of Mnih et al. 2015."""
     return [
-        nn.Sequential(layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU()),
-        nn.Sequential(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU()),
-        nn.Sequential(layer_init(nn.Conv2d(64, 64, 3)), nn.ReLU()),
+        nn.Sequential(layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(inplace=True)),
+        nn.Sequential(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True)),
+        nn.Sequential(layer_init(nn.Conv2d(64, 64, 3)), nn.ReLU(inplace=True)),
     ]
 
 
@@ -462,7 +464,7 @@ class Encoder(nn.Module):
         except RuntimeError:
             raise UsageError(f"--encoder {architecture}: images of {obs_shape[1]}x{obs_shape[2]} are too small") from None
         rectify = [nn.ReLU()] if architecture == "impala" else []  # its residual blocks end without one
-        layers.append(nn.Sequential(*rectify, nn.Flatten(), layer_init(nn.Linear(flat, feature_dim)), nn.ReLU()))
+        layers.append(nn.Sequential(*rectify, nn.Flatten(), layer_init(nn.Linear(flat, feature_dim)), nn.ReLU(inplace=True)))
         self.layers = nn.ModuleList(layers)
         self.frozen = 0
 
@@ -476,12 +478,19 @@ class Encoder(nn.Module):
         self.layers[: self.frozen].eval()  # no statistics of a frozen layer move
         return self
 
-    def forward(self, obs):
+    @torch.no_grad()
+    def frozen_prefix(self, obs):
+        """Pixels as float32 in 0..1, through the frozen layers."""
         # Channels-last convolutions are more than twice as fast on a CPU.
-        x = obs.to(torch.float32, memory_format=torch.channels_last) / 255.0  # (B, C, H, W) float32
-        with torch.no_grad():
-            for layer in self.layers[: self.frozen]:
-                x = layer(x)
+        x = obs.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)  # (B, C, H, W)
+        for layer in self.layers[: self.frozen]:
+            x = layer(x)
+        return x
+
+    def forward(self, obs):
+        # Without a graph nothing keeps the activations: in chunks they stay in a CPU's cache, which halves the time.
+        chunked = self.frozen and obs.device.type == "cpu" and len(obs) > 256
+        x = torch.cat([self.frozen_prefix(o) for o in obs.split(256)]) if chunked else self.frozen_prefix(obs)
         for layer in self.layers[self.frozen :]:
             x = layer(x)
         return x
@@ -777,10 +786,9 @@ def collect_rollout(agent, envs, rollout, next_obs, args):
 
 def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, values, args):
     """L = L_RL + lambda L_ssl on one minibatch: obs (B, C, H, W) uint8, all else (B,) -> loss and statistics."""
-    views = obs[:0]
-    if args.ssl != "none":
-        views = torch.cat([augment(obs, args.augmentation, args.shift_pixels) for _ in range(2)])  # (2B, C, H, W)
-    z, z1, z2 = agent.encoder(torch.cat([obs, views])).split([len(obs), len(views) // 2, len(views) // 2])
+    b = math.ceil(args.ssl_fraction * len(obs)) if args.ssl != "none" else 0  # rows of the self-supervised loss
+    views = torch.cat([augment(obs[:b], args.augmentation, args.shift_pixels) for _ in range(2 * (b > 0))] or [obs[:0]])
+    z, z1, z2 = agent.encoder(torch.cat([obs, views])).split([len(obs), b, b])
     loss, stats = ppo_loss(
         agent.actor(z), agent.critic(z).squeeze(-1), actions, logprobs, advantages, returns, values, args
     )
