@@ -83,7 +83,7 @@ class Args:
 
     # Environment
     env_id: str = "Jump-v0"
-    """Jump-v0, an EnvPool id (Pong-v5, HealthGathering-v1) or a Gymnasium id, with image observations and discrete actions"""
+    """Jump-v0, an EnvPool id (Pong-v5) or a Gymnasium id; observations must be images and actions discrete"""
     jump_tasks: str = "target"
     """Jump-v0: source, target, wide, narrow, random, grid, or a list of obstacle:floor such as 20:10,30:20"""
     jump_reward: float = 1.0
@@ -112,7 +112,7 @@ class Args:
     """weight lambda of the self-supervised loss"""
     ssl_fraction: float = 0.5
     """share of every minibatch on which the self-supervised loss is computed"""
-    augmentation: Literal["shift", "shift+intensity", "noise"] = "shift"
+    augmentation: Literal["shift", "noise"] = "shift"
     """random augmentation A that makes the views"""
     shift_pixels: int = 4
     """largest shift in pixels, in each direction"""
@@ -193,9 +193,9 @@ class JumpVectorEnv(VectorEnv):
     """N copies of MSR Jump (Tachet des Combes et al. 2018), vectorised in NumPy.
 
     Observations (N, 1, 60, 60) uint8, row index = height above the screen's bottom; actions 0 right, 1 jump; reward +1
-    per pixel moved, -1 on a collision instead, `exit_bonus` on top at the right edge. Each copy draws its task uniformly
-    from `tasks` at every reset, or plays the one named by `reset(options={"task_ids": (N,) ints})`. A done copy is reset
-    by the next step, which ignores its action (AutoresetMode.NEXT_STEP). The reference's limit of 600 steps can't be
+    per pixel moved, -1 on a collision instead, `exit_bonus` on top at the right edge. Each copy draws its task from
+    `tasks` at every reset, or plays the one named by `reset(options={"task_ids": (N,) ints})`. A done copy is reset by
+    the next step, which ignores its action (AutoresetMode.NEXT_STEP). The reference's limit of 600 steps can't be
     reached: every step moves the agent one pixel, so an episode ends within 56.
     """
 
@@ -341,7 +341,9 @@ class ImageEnvs:
         for i in np.flatnonzero(over):
             length = int(info["elapsed_step"][i]) if "elapsed_step" in info else int(self.lengths[i])
             success = float(info["success"][i]) if "success" in info else math.nan
-            self.episodes.append({"env": int(i), "return": float(self.returns[i]), "length": length, "success": success})
+            self.episodes.append(
+                {"env": int(i), "return": float(self.returns[i]), "length": length, "success": success}
+            )
             self.returns[i], self.lengths[i] = 0.0, 0
         self.was_done = terminated | truncated
         return self._images(obs), np.asarray(rewards, dtype=np.float32), terminated, truncated
@@ -411,7 +413,7 @@ def make_gymnasium(args, num_envs, seed, training):
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
-def layer_init(layer, std=math.sqrt(2), bias_const=0.0):
+def layer_init(layer, std=2**0.5, bias_const=0.0):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -450,7 +452,7 @@ def impala_layers(channels):
 
 
 class Encoder(nn.Module):
-    """f: images (B, C, H, W) uint8 -> features z (B, feature_dim) float32, as a stack of layers numbered from the bottom.
+    """f: images (B, C, H, W) uint8 -> features z (B, feature_dim) float32; the layers are numbered from the bottom.
 
     The first `frozen` layers take no gradient, build no graph and stay in eval mode.
     """
@@ -462,9 +464,13 @@ class Encoder(nn.Module):
             with torch.no_grad():
                 flat = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).numel()
         except RuntimeError:
-            raise UsageError(f"--encoder {architecture}: images of {obs_shape[1]}x{obs_shape[2]} are too small") from None
+            raise UsageError(
+                f"--encoder {architecture}: images of {obs_shape[1]}x{obs_shape[2]} are too small"
+            ) from None
         rectify = [nn.ReLU()] if architecture == "impala" else []  # its residual blocks end without one
-        layers.append(nn.Sequential(*rectify, nn.Flatten(), layer_init(nn.Linear(flat, feature_dim)), nn.ReLU(inplace=True)))
+        layers.append(
+            nn.Sequential(*rectify, nn.Flatten(), layer_init(nn.Linear(flat, feature_dim)), nn.ReLU(inplace=True))
+        )
         self.layers = nn.ModuleList(layers)
         self.frozen = 0
 
@@ -499,7 +505,9 @@ class Encoder(nn.Module):
         """The layers as text: index, type, parameters, frozen or trained."""
         lines = ["layer  type                       parameters  state"]
         for i, layer in enumerate(self.layers):
-            kind = "+".join(type(m).__name__ for m in layer) if isinstance(layer, nn.Sequential) else type(layer).__name__
+            kind = (
+                "+".join(type(m).__name__ for m in layer) if isinstance(layer, nn.Sequential) else type(layer).__name__
+            )
             size = sum(p.numel() for p in layer.parameters())
             lines.append(f"{i + 1:>5}  {kind:<25}  {size:>10,}  {'frozen' if i < self.frozen else 'trained'}")
         return "\n".join(lines)
@@ -517,7 +525,9 @@ class Agent(nn.Module):
         self.projector = nn.Identity()  # consistency: PiSCO with h = identity
         if args.ssl in ("pisco", "simsiam"):
             self.projector = nn.Sequential(
-                layer_init(nn.Linear(dim, args.projector_dim)), nn.ReLU(), layer_init(nn.Linear(args.projector_dim, dim), 1)
+                layer_init(nn.Linear(dim, args.projector_dim)),
+                nn.ReLU(),
+                layer_init(nn.Linear(args.projector_dim, dim), 1),
             )
         elif args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
@@ -620,12 +630,6 @@ def random_shift(images, pixels):
     return images.reshape(b, c, h * w).gather(2, index).view(b, c, h, w)
 
 
-def random_intensity(images, scale=0.1):
-    """Multiplies each image by 1 + scale * clip(N(0, 1), -2, 2), after Kostrikov et al. 2021; uint8 in and out."""
-    noise = torch.randn(images.shape[0], 1, 1, 1, device=images.device).clamp_(-2.0, 2.0)
-    return (images * (1.0 + scale * noise)).round_().clamp_(0, 255).to(torch.uint8)
-
-
 def random_noise(images, std=12.75):
     """Adds Gaussian noise to every pixel, 5% of the range by default; uint8 in and out."""
     return (images + std * torch.randn(images.shape, device=images.device)).round_().clamp_(0, 255).to(torch.uint8)
@@ -633,10 +637,7 @@ def random_noise(images, std=12.75):
 
 def augment(images, kind, pixels):
     """One draw of the augmentation A: (B, C, H, W) uint8 -> (B, C, H, W) uint8."""
-    if kind == "noise":
-        return random_noise(images)
-    shifted = random_shift(images, pixels)
-    return random_intensity(shifted) if kind == "shift+intensity" else shifted
+    return random_noise(images) if kind == "noise" else random_shift(images, pixels)
 
 
 def categorical_kl(p_logits, q_logits):
@@ -686,7 +687,7 @@ def compute_gae(rewards, values, next_value, terminated, truncated, gamma, gae_l
 
 
 def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
-    """Clipped PPO loss (Schulman et al. 2017, eq. 9) as in CleanRL: logits (B, A), all else (B,) -> loss and statistics."""
+    """Clipped PPO loss (Schulman et al. 2017, eq. 9) as in CleanRL: logits (B, A), the rest (B,) -> loss, statistics."""
     log_probs = F.log_softmax(logits, dim=-1)
     newlogprob = log_probs.gather(1, actions[:, None]).squeeze(1)
     logratio = newlogprob - logprobs
@@ -862,11 +863,14 @@ METRICS = [
 def write_atomically(path, write):
     """Calls write(file) on a temporary file beside `path` and moves it there once it is on the disk whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -891,7 +895,7 @@ class RunFolder:
         return cls(path)
 
     def save_checkpoint(self, state):
-        """Writes checkpoint.pt; the one before it stays as checkpoint.previous.pt. Killed at any moment, one is whole."""
+        """Writes checkpoint.pt and keeps the one before it as checkpoint.previous.pt: after a kill one is whole."""
         path = self.path / "checkpoint.pt"
         if path.exists():
             previous = self.path / "checkpoint.previous.pt"
@@ -919,7 +923,9 @@ class RunFolder:
         if path.exists():
             with open(path, newline="") as file:
                 # A row cut short by a kill has no last column.
-                kept = [r for r in csv.DictReader(file) if None not in r.values() and int(r["global_step"]) <= global_step]
+                kept = [
+                    r for r in csv.DictReader(file) if None not in r.values() and int(r["global_step"]) <= global_step
+                ]
         text = io.StringIO()
         writer = csv.DictWriter(text, METRICS)
         writer.writeheader()
@@ -975,7 +981,9 @@ def play_episodes(agent, envs, device, greedy, seed, frames=None):
         if frames is not None:
             frames.append(obs[:9].copy())
         logits, _ = agent(to_device(obs, device))
-        action = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        action = (
+            logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        )
         obs, *_ = envs.step(action.cpu().numpy())
         for episode in envs.episodes:
             episodes[episode["env"]] = episodes[episode["env"]] or episode
@@ -985,73 +993,76 @@ def play_episodes(agent, envs, device, greedy, seed, frames=None):
 def evaluate(agent, args, device, global_step, folder):
     """Plays greedy and sampled episodes, writes evaluation.json (Jump: heatmap.png; on request: a GIF) and returns the
     averages under their metric names."""
-    tasks = evaluation_tasks(args) if args.env_id == "Jump-v0" else None
-    results, metrics = {"global_step": global_step, "env_id": args.env_id}, {}
-    frames = [] if args.capture_video else None
+    is_jump = args.env_id == "Jump-v0"
+    trained = parse_jump_tasks(args.jump_tasks)
+    names = [f"{x}:{y}" for x, y in evaluation_tasks(args)] if is_jump else None  # the trained tasks come first
+    results, metrics, frames = {"global_step": global_step, "env_id": args.env_id}, {}, []
     for policy in ("greedy", "sampled"):
         seed = args.seed + 1_000_003  # apart from the training's seeds
-        envs = ImageEnvs(args, len(tasks) if tasks else args.eval_episodes, seed, training=False)
-        episodes = play_episodes(agent, envs, device, policy == "greedy", seed, frames if policy == "greedy" else None)
+        envs = ImageEnvs(args, len(names) if is_jump else args.eval_episodes, seed, training=False)
+        keep = frames if args.capture_video and policy == "greedy" else None
+        episodes = play_episodes(agent, envs, device, policy == "greedy", seed, keep)
         envs.close()
-        own = episodes[: len(parse_jump_tasks(args.jump_tasks))] if tasks else episodes
-        metrics[f"eval/{policy}_return"] = float(np.mean([episode["return"] for episode in own]))
-        metrics[f"eval/{policy}_success"] = float(np.mean([episode["success"] for episode in own]))
-        results[policy] = [{key: e[key] for key in ("return", "length") if key in e} for e in own]
-        if tasks:
-            solved = {f"{x}:{y}": bool(e["success"]) for (x, y), e in zip(tasks, episodes)}
+        own = episodes[: len(trained)] if is_jump else episodes
+        results[policy] = {key: [episode[key] for episode in own] for key in ("return", "length")}
+        metrics[f"eval/{policy}_return"] = float(np.mean(results[policy]["return"]))
+        if is_jump:
+            solved = {name: bool(episode["success"]) for name, episode in zip(names, episodes)}
+            results[policy] |= {"trained_tasks": names[: len(trained)], "solved": solved}
+            metrics[f"eval/{policy}_success"] = float(np.mean(list(solved.values())[: len(trained)]))
             metrics[f"eval/{policy}_grid_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID]))
-            results[policy] = {"tasks": {name: solved[name] for name in list(solved)[: len(own)]}, "all_tasks": solved}
-    results["metrics"] = {key: value for key, value in metrics.items() if not math.isnan(value)}
+    results["metrics"] = metrics
     write_atomically(folder / "evaluation.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
-    if tasks:
-        draw_heatmap(folder / "heatmap.png", results["greedy"]["all_tasks"], parse_jump_tasks(args.jump_tasks), args.seed)
+    if is_jump:
+        title = f"solved: {metrics['eval/greedy_success']:.0%} of the trained tasks, "
+        title += f"{metrics['eval/greedy_grid_success']:.0%} of the grid (greedy, seed {args.seed})"
+        draw_heatmap(folder / "heatmap.png", results["greedy"]["solved"], trained, title)
     if frames:
-        write_gif(folder / f"evaluation_{global_step}.gif", frames, flip=bool(tasks))
+        write_gif(folder / f"evaluation_{global_step}.gif", frames, upside_down=is_jump)
     return metrics
 
 
-def draw_heatmap(path, solved, trained, seed):
-    """PNG of a policy's solved tasks over obstacle x floor; `solved` maps "obstacle:floor" to bool, `trained` is outlined."""
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
+def draw_heatmap(path, solved, trained, title):
+    """PNG of solved tasks over obstacle x floor: `solved` maps "obstacle:floor" to bool, `trained` are outlined."""
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    places = [tuple(int(number) for number in name.split(":")) for name in solved]
-    (x0, y0), (x1, y1) = np.min(places, axis=0), np.max(places, axis=0)
-    image = np.full((y1 - y0 + 1, x1 - x0 + 1), np.nan)
-    for (x, y), value in zip(places, solved.values()):
-        image[y - y0, x - x0] = value
-    figure, axes = plt.subplots(figsize=(8, 0.25 * image.shape[0] + 1.6), layout="constrained")
-    colours = ["#d55e00", "#0072b2"]  # colour-blind safe: vermilion, blue
-    axes.imshow(image, origin="lower", extent=(x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5), cmap=ListedColormap(colours), vmin=0, vmax=1)
+    blue, vermilion = "#0072b2", "#d55e00"  # colour-blind safe
+    places = {tuple(int(number) for number in name.split(":")): value for name, value in solved.items()}
+    (x0, y0), (x1, y1) = np.min(list(places), axis=0), np.max(list(places), axis=0)
+    figure = Figure(figsize=(8, 0.25 * (y1 - y0 + 1) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    for (x, y), value in places.items():
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=blue if value else vermilion, edgecolor="white"))
     for x, y in trained:
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2))
-    axes.set(xlabel="obstacle (pixels)", ylabel="floor (pixels)", facecolor="#eeeeee")
-    grid = np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID])
-    axes.set_title(f"greedy policy, seed {seed}: {np.mean([solved[f'{x}:{y}'] for x, y in trained]):.0%} of the trained tasks, {grid:.0%} of the 286 grid tasks")
-    handles = [Patch(color=colours[1], label="solved"), Patch(color=colours[0], label="not solved"), Patch(fill=False, edgecolor="black", linewidth=2, label="trained on")]
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2.5))
+    axes.set(
+        xlim=(x0 - 1, x1 + 1), ylim=(y0 - 1, y1 + 1), xlabel="obstacle (pixels)", ylabel="floor (pixels)", title=title
+    )
+    handles = [Patch(color=blue, label="solved"), Patch(color=vermilion, label="not solved")]
+    handles.append(Patch(fill=False, edgecolor="black", linewidth=2.5, label="trained on"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def write_gif(path, frames, flip, scale=2):
-    """GIF of frames [(n, C, H, W) uint8, ...] with the n copies side by side in rows of three; `flip` puts row 0 at the bottom."""
+def write_gif(path, frames, upside_down, scale=2):
+    """GIF of frames [(n, C, H, W) uint8, ...], the n copies in rows of three; `upside_down`: row 0 is the bottom."""
     from PIL import Image
 
     images = []
     for obs in frames[:1000]:
         # The newest frame of a stack: its last RGB triple where the channels come in threes, else the last channel.
-        rgb = obs[:, -3:] if obs.shape[1] % 3 == 0 else obs[:, -1:].repeat(3, axis=1)  # (n, 3, H, W)
-        tiles = np.pad(rgb[:, :, ::-1] if flip else rgb, ((0, -len(rgb) % 3 if len(rgb) > 3 else 0), (0, 0), (1, 1), (1, 1)))
-        rows = tiles.reshape(-1, min(3, len(tiles)), *tiles.shape[1:])  # (rows, columns, 3, H, W)
-        sheet = rows.transpose(0, 3, 1, 4, 2).reshape(rows.shape[0] * rows.shape[3], -1, 3)
-        images.append(Image.fromarray(np.ascontiguousarray(sheet)).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.NEAREST))
-    buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+        tiles = obs[:, -3:] if obs.shape[1] % 3 == 0 else obs[:, -1:].repeat(3, axis=1)  # (n, 3, H, W)
+        tiles = tiles[:, :, ::-1] if upside_down else tiles
+        columns = min(3, len(tiles))
+        tiles = np.pad(tiles, ((0, -len(tiles) % columns), (0, 0), (1, 1), (1, 1)))  # whole rows, a black rim
+        n, c, h, w = tiles.shape
+        sheet = tiles.reshape(n // columns, columns, c, h, w).transpose(0, 3, 1, 4, 2).reshape(-1, columns * w, c)
+        images.append(Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1)))
+    frame_time = {"duration": 50, "loop": 0}  # milliseconds
+    write_atomically(
+        path, lambda file: images[0].save(file, "GIF", save_all=True, append_images=images[1:], **frame_time)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1059,14 +1070,14 @@ def write_gif(path, frames, flip, scale=2):
 # ---------------------------------------------------------------------------------------------------------------------
 def check_args(args):
     """Raises UsageError for values that no run can have, before anything is made or written."""
-    positive = "num_envs num_steps num_minibatches update_epochs feature_dim projector_dim checkpoint_interval eval_episodes learning_rate"
-    for name in positive.split():
+    sizes = "num_envs num_steps num_minibatches update_epochs feature_dim projector_dim"
+    for name in f"{sizes} checkpoint_interval eval_episodes learning_rate ssl_fraction".split():
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     for name in "seed torch_threads eval_interval ssl_coef shift_pixels ent_coef vf_coef max_grad_norm".split():
         if not getattr(args, name) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    for name in "gamma gae_lambda curl_tau".split():
+    for name in "gamma gae_lambda curl_tau ssl_fraction".split():
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0..1")
     if not 0 < args.jump_prior < 1:
@@ -1075,7 +1086,9 @@ def check_args(args):
     if batch_size % args.num_minibatches:
         raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide num_envs * num_steps = {batch_size}")
     if batch_size // args.num_minibatches < 2:
-        raise UsageError(f"--num-minibatches {args.num_minibatches}: leaves fewer than two of {batch_size} rows to each")
+        raise UsageError(
+            f"--num-minibatches {args.num_minibatches}: leaves fewer than two of {batch_size} rows to each"
+        )
     if args.total_timesteps < batch_size:
         raise UsageError(
             f"--total-timesteps {args.total_timesteps}: less than one iteration of num_envs * num_steps = {batch_size}"
@@ -1115,19 +1128,23 @@ def parse_args(argv=None):
     for key, value in asdict(saved).items():
         if getattr(asked, key) != value:
             flag = key.replace("_", "-")
-            raise UsageError(f"--{flag} {getattr(asked, key)}: the run was made with {value}; drop --{flag} or start a new run")
+            raise UsageError(
+                f"--{flag} {getattr(asked, key)}: the run was made with {value}; drop --{flag} or start a new run"
+            )
     return saved
 
 
 def make_agent(args, envs, device):
-    """The agent with its encoder loaded and frozen as asked for, and what is said of that on screen. Raises UsageError."""
+    """The agent, its encoder loaded and frozen as asked for, and a text that says so. Raises UsageError."""
     agent = Agent(args, envs.obs_shape, envs.num_actions)
     encoder, path = agent.encoder, weights_path(args)
     count = len(encoder.layers) if args.freeze_layers == "all" else args.freeze_layers
     if not 0 <= count <= len(encoder.layers):
         raise UsageError(f"--freeze-layers {count}: the {args.encoder} encoder has layers 0..{len(encoder.layers)}")
     if path is None and count and not args.freeze_random:
-        raise UsageError(f"--freeze-layers {count}: the encoder's weights are random; give --encoder-weights, or --freeze-random")
+        raise UsageError(
+            f"--freeze-layers {count}: the encoder's weights are random; give --encoder-weights, or --freeze-random"
+        )
     origin = "random weights"
     if path is not None:
         metadata = load_encoder(path, encoder, args.encoder, envs.obs_shape)
@@ -1154,10 +1171,14 @@ def training_state(agent, optimizer, envs, iteration, recent, seconds):
 def allocate(args, obs_shape, device):
     """The rollout's storage. Raises UsageError where it can't fit into memory."""
     size = args.num_steps * args.num_envs * math.prod(obs_shape)
-    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = (
+        torch.cuda.mem_get_info()[1]
+        if device.type == "cuda"
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     if size > 0.8 * memory:
         raise UsageError(
-            f"--num-steps {args.num_steps} --num-envs {args.num_envs}: the rollout's images take {size / 2**30:.1f} GiB "
+            f"--num-steps {args.num_steps} --num-envs {args.num_envs}: the rollout takes {size / 2**30:.1f} GiB "
             f"of {memory / 2**30:.1f} GiB; choose smaller numbers"
         )
     return Rollout.empty(args.num_steps, args.num_envs, obs_shape, device)
@@ -1193,7 +1214,7 @@ def episode_means(episodes):
 
 
 def train(args):
-    """One whole run. Returns its folder. Raises UsageError for bad arguments and OSError where a file can't be written."""
+    """One whole run. Returns its folder. Raises UsageError for bad arguments, OSError where a file can't be written."""
     check_args(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -1238,13 +1259,19 @@ def train(args):
             row = {"global_step": global_step, "charts/SPS": global_step / seconds, **episode_means(recent)}
             row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             row |= {f"losses/{name}": value for name, value in losses.items()}
-            if last or args.eval_interval and global_step // args.eval_interval > (global_step - batch_size) // args.eval_interval:
+            if (
+                last
+                or args.eval_interval
+                and global_step // args.eval_interval > (global_step - batch_size) // args.eval_interval
+            ):
                 row |= evaluate(agent, args, device, global_step, folder.path)
             folder.log(row)
             if last or iteration % args.checkpoint_interval == 0:
                 folder.save_checkpoint(training_state(agent, optimizer, envs, iteration, recent, seconds))
             shown = {"return": row["charts/episodic_return"], "success": row["charts/success"]}
-            bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if not math.isnan(value)}, refresh=False)
+            bar.set_postfix(
+                {name: f"{value:.2f}" for name, value in shown.items() if not math.isnan(value)}, refresh=False
+            )
             bar.update(batch_size)
     envs.close()
     tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
@@ -1261,7 +1288,9 @@ def main(argv=None):
         print(f"ppo_pisco.py: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"ppo_pisco.py: error: {error}; make room or change --runs-dir, then go on with --resume", file=sys.stderr)
+        print(
+            f"ppo_pisco.py: error: {error}; make room or change --runs-dir, then go on with --resume", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,0 +1,147 @@
+"""What the tests share: a tiny command line, a run in this process, its numbers, and a tiny image environment."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import safetensors
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ppo_pisco  # noqa: E402
+
+torch.set_num_threads(1)
+
+# Four iterations of 4 copies x 8 steps, a checkpoint after each.
+TINY = (
+    "--encoder-weights none --feature-dim 32 --num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 128 "
+    "--checkpoint-interval 1 --eval-episodes 1 --torch-threads 1 --no-cuda"
+)
+SMALL_GRID = [(20, 10), (45, 20)]  # instead of the 286 tasks, where a test is not about them
+
+
+class Killed(BaseException):
+    """Ends a run where `kill_at` says, past every handler."""
+
+
+class TinyImage(gym.Env):
+    """Images full of the step's number, with a 9 in the last channel. Episodes end by turns: terminated after 3 steps,
+    truncated after 5. Reward 10 a step, actions 5, 6, 7."""
+
+    def __init__(self, shape=(36, 40, 3), continuous=False):
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,)) if continuous else gym.spaces.Discrete(3, start=5)
+        self.episode = 0
+
+    def _image(self):
+        image = np.full(self.observation_space.shape, self.t, np.uint8)
+        if image.shape[-1] == 3:
+            image[..., 2] = 9
+        return image
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return self._image(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        odd = self.episode % 2 == 1
+        return self._image(), 10.0, odd and self.t == 3, not odd and self.t == 5, {}
+
+
+for name, kwargs in {
+    "TinyImage-v0": {},
+    "TinyImageFlat-v0": {"shape": (36, 40)},
+    "TinyImageGrey-v0": {"shape": (36, 40, 1)},
+    "TinyImageFirst-v0": {"shape": (3, 36, 40)},
+    "TinyImageSmall-v0": {"shape": (20, 20, 3)},
+    "TinyImageContinuous-v0": {"continuous": True},
+}.items():
+    gym.register(name, entry_point=TinyImage, kwargs=kwargs)
+
+
+def command(runs_dir, flags=""):
+    """The tiny command line as a list; a flag given twice counts the last time."""
+    return [*TINY.split(), "--runs-dir", str(runs_dir), *flags.split()]
+
+
+def train(runs_dir, flags=""):
+    """Trains in this process and returns the new run's folder."""
+    before = set(Path(runs_dir).glob("*"))
+    assert ppo_pisco.main(command(runs_dir, flags)) == 0
+    (folder,) = set(Path(runs_dir).glob("*")) - before
+    return folder
+
+
+def resume(folder):
+    assert ppo_pisco.main(["--resume", str(folder)]) == 0
+    return folder
+
+
+def train_until_killed(runs_dir, flags=""):
+    """Trains in this process up to where `kill_at` says and returns the folder."""
+    with pytest.raises(Killed):
+        ppo_pisco.main(command(runs_dir, flags))
+    (folder,) = Path(runs_dir).glob("*")
+    return folder
+
+
+def kill_at(monkeypatch, owner, name, nth, first=lambda *args: None):
+    """Makes the nth call of owner.name do `first` and then kill the run; later calls work."""
+    real, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == nth:
+            first(*args)
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, deadly)
+
+
+def metrics(folder):
+    """metrics.csv as a list of dicts of text, without the speed."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "charts/SPS"} for row in csv.DictReader(file)]
+
+
+def encoder_file(path):
+    """An encoder file's tensors and metadata."""
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+def evaluation(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def assert_same_end(folder, other):
+    """Both runs hold the same weights, bit for bit, the same numbers and the same evaluation."""
+    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    (weights, about), (other_weights, other_about) = (encoder_file(path / "encoder.safetensors") for path in (folder, other))
+    assert about == other_about and weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    assert metrics(folder) == metrics(other)
+    assert evaluation(folder) == evaluation(other)
+
+
+@pytest.fixture
+def small_grid(monkeypatch):
+    monkeypatch.setattr(ppo_pisco, "JUMP_GRID", SMALL_GRID)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished tiny run, evaluated on the small grid. Tests only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_pisco, "JUMP_GRID", SMALL_GRID)
+        return train(tmp_path_factory.mktemp("finished"))

@@ -1,0 +1,364 @@
+"""The pure functions of ppo_pisco.py against numbers worked out by hand, and where gradients flow."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from ppo_pisco import (
+    Agent, Args, Encoder, Rollout, augment, collect_rollout, compute_gae, info_nce_loss, minibatch_loss, pisco_loss,
+    ppo_loss, random_noise, random_shift, simsiam_loss, ssl_loss, update,
+)  # fmt: skip
+from torch import nn
+
+import ppo_pisco
+
+# Probabilities (1/2, 1/2), (3/4, 1/4), (1/5, 4/5), (2/3, 1/3) and (1/2, 1/2) again.
+HALF, THREE_QUARTERS, FIFTH, TWO_THIRDS = [0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(4)], [math.log(2), 0.0]
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float32, requires_grad=True)
+
+
+# --- PiSCO -----------------------------------------------------------------------------------------------------------
+def test_pisco_value():
+    # KL(z1 || p2) = 1/2 ln(1/2 / (2/3)) + 1/2 ln(1/2 / (1/3)) = 1/2 ln(9/8)              = 0.0588915
+    # KL(z2 || p1) = 3/4 ln(3/4 / (1/5)) + 1/4 ln(1/4 / (4/5)) = 3/4 ln(15/4) + 1/4 ln(5/16) = 0.7005292
+    # loss = (0.0588915 + 0.7005292) / 2 = 0.3797103
+    one = [tensor(row) for row in (HALF, THREE_QUARTERS, FIFTH, TWO_THIRDS)]
+    assert pisco_loss(*one).item() == pytest.approx(0.3797103, abs=1e-6)
+    # Beside a state whose policies all agree, the mean over the batch is half of that.
+    two = [torch.cat([row, tensor(HALF)]) for row in one]
+    assert pisco_loss(*two).item() == pytest.approx(0.1898552, abs=1e-6)
+
+
+def test_pisco_gradient():
+    # d KL(z || p) / d p_logits = pi(p) - pi(z), here times 1/2 for the two directions:
+    # p1: ((1/5, 4/5) - (3/4, 1/4)) / 2 = (-0.275, 0.275); p2: ((2/3, 1/3) - (1/2, 1/2)) / 2 = (1/12, -1/12)
+    z1, z2, p1, p2 = tensor(HALF), tensor(THREE_QUARTERS), tensor(FIFTH), tensor(TWO_THIRDS)
+    pisco_loss(z1, z2, p1, p2).backward()
+    assert z1.grad is None and z2.grad is None
+    torch.testing.assert_close(p1.grad, torch.tensor([[-0.275, 0.275]]))
+    torch.testing.assert_close(p2.grad, torch.tensor([[1 / 12, -1 / 12]]))
+
+
+# --- Its alternatives ------------------------------------------------------------------------------------------------
+def test_simsiam_value_and_gradient():
+    # cos((3, 4), (4, 3)) = 24/25 = 0.96 and cos((1, 0), (3, 4)) = 3/5: loss = -(0.96 + 0.6) / 2 = -0.78
+    # d cos(z, p) / dp = z / (|z| |p|) - cos p / |p|^2
+    # p2: (3, 4)/25 - 0.96 (4, 3)/25 = (-0.0336, 0.0448); p1: (1, 0)/5 - 0.6 (3, 4)/25 = (0.128, -0.096); each times -1/2
+    z1, z2, p1, p2 = tensor([3.0, 4.0]), tensor([1.0, 0.0]), tensor([3.0, 4.0]), tensor([4.0, 3.0])
+    loss = simsiam_loss(z1, z2, p1, p2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.78, abs=1e-6)
+    assert z1.grad is None and z2.grad is None
+    torch.testing.assert_close(p1.grad, torch.tensor([[-0.064, 0.048]]))
+    torch.testing.assert_close(p2.grad, torch.tensor([[0.0168, -0.0224]]))
+
+
+def test_info_nce_value():
+    # Similarities: query 1 has 1 to its key and 0 to the other, query 2 has 2 to both.
+    # loss = (ln(1 + e^-1) + ln 2) / 2 = (0.3132617 + 0.6931472) / 2 = 0.5032044
+    queries, keys = tensor([1.0, 0.0], [0.0, 2.0]), tensor([1.0, 1.0], [0.0, 1.0])
+    assert info_nce_loss(queries, keys).item() == pytest.approx(0.5032044, abs=1e-6)
+
+
+# --- Gradients through an agent --------------------------------------------------------------------------------------
+def tiny_agent(ssl, freeze=0, **kwargs):
+    torch.manual_seed(0)
+    agent = Agent(Args(ssl=ssl, feature_dim=8, projector_dim=8, **kwargs), (1, 60, 60), 2)
+    nn.init.normal_(agent.actor.weight)  # a policy that differs from view to view
+    agent.encoder.freeze(freeze)
+    return agent
+
+
+def two_views(agent, count=5):
+    views = torch.randint(0, 256, (2 * count, 1, 60, 60), dtype=torch.uint8)
+    return views, *agent.encoder(views).chunk(2)
+
+
+def has_gradient(module):
+    return [p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters()]
+
+
+@pytest.mark.parametrize("ssl", ["pisco", "consistency", "simsiam", "curl"])
+def test_gradient_reaches_what_it_must(ssl):
+    agent = tiny_agent(ssl, freeze=2)
+    ssl_loss(agent, *two_views(agent), ssl)[0].backward()
+    assert all(has_gradient(agent.encoder.layers[2:]))
+    assert all(p.grad is None for p in agent.encoder.layers[:2].parameters())
+    assert all(p.grad is None for p in agent.critic.parameters())
+    assert all(has_gradient(agent.projector))
+    if ssl in ("pisco", "consistency"):
+        assert all(has_gradient(agent.actor))
+    else:  # these compare features: the policy has no part in them
+        assert all(p.grad is None for p in agent.actor.parameters())
+    if ssl == "curl":
+        assert all(p.grad is None and not p.requires_grad for p in agent.key_encoder.parameters())
+
+
+def test_actor_learns_through_p_alone():
+    agent = tiny_agent("pisco")
+    views, z1, z2 = two_views(agent)
+    ssl_loss(agent, views, z1, z2, "pisco")[0].backward()
+    with torch.no_grad():  # d loss / dW = 1/2 mean [ (pi(p2) - pi(z1))^T p2 + (pi(p1) - pi(z2))^T p1 ]
+        p1, p2 = agent.projector(z1), agent.projector(z2)
+        pi_z1, pi_z2, pi_p1, pi_p2 = (agent.actor(x).softmax(-1) for x in (z1, z2, p1, p2))
+        expected = ((pi_p2 - pi_z1).T @ p2 + (pi_p1 - pi_z2).T @ p1) / (2 * len(z1))
+    torch.testing.assert_close(agent.actor.weight.grad, expected)
+
+
+def test_consistency_is_pisco_without_projector():
+    agent = tiny_agent("consistency")
+    z1, z2 = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    loss, agreement = ssl_loss(agent, None, z1, z2, "consistency")
+    logits1, logits2 = agent.actor(z1), agent.actor(z2)
+    torch.testing.assert_close(loss, pisco_loss(logits1, logits2, logits1, logits2))
+    assert agreement == (logits1.argmax(-1) == logits2.argmax(-1)).float().mean()
+    loss.backward()  # d loss / dz1 = 1/2 mean (pi(z1) - pi(z2)) W
+    difference = (logits1.softmax(-1) - logits2.softmax(-1)).detach()
+    torch.testing.assert_close(z1.grad, difference @ agent.actor.weight.detach() / 10)
+
+
+def test_curl_pairs_each_projected_query_with_its_key():
+    agent = tiny_agent("curl")
+    views, z1, z2 = two_views(agent)
+    loss, _ = ssl_loss(agent, views, z1, z2, "curl")
+    k1, k2 = agent.key_encoder(views).chunk(2)
+    q1, q2 = z1 @ agent.projector.weight.T, z2 @ agent.projector.weight.T
+    torch.testing.assert_close(loss, (info_nce_loss(q1, k2) + info_nce_loss(q2, k1)) / 2)
+
+
+# --- Freezing --------------------------------------------------------------------------------------------------------
+def test_frozen_layers_build_no_graph():
+    encoder = Encoder("nature", (1, 60, 60), 8)
+    images, inputs = torch.randint(0, 256, (2, 1, 60, 60), dtype=torch.uint8), []
+    for layer in encoder.layers:
+        layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].requires_grad))
+    for count, expected in ((0, [0, 1, 1, 1]), (2, [0, 0, 0, 1]), (4, [0, 0, 0, 0])):
+        inputs.clear()
+        output = encoder.freeze(count)(images)
+        assert inputs == [bool(flag) for flag in expected]
+        assert output.requires_grad == (count < 4)
+
+
+def test_frozen_encoder_takes_large_batches_in_pieces():
+    torch.manual_seed(0)
+    encoder = Encoder("nature", (1, 60, 60), 8).freeze(2)
+    images = torch.randint(0, 256, (600, 1, 60, 60), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(images), torch.cat([encoder(piece) for piece in images.split(100)]))
+
+
+def test_frozen_layers_stay_in_eval_mode():
+    encoder = Encoder("nature", (1, 60, 60), 8)
+    frozen_norm, moving_norm = nn.BatchNorm2d(32), nn.BatchNorm2d(64)
+    encoder.layers[0].append(frozen_norm).append(nn.Dropout(0.5))
+    encoder.layers[2].append(moving_norm)
+    encoder.freeze(2).train()
+    images = torch.randint(0, 256, (4, 1, 60, 60), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(images), encoder(images), rtol=0, atol=0)  # no dropout
+    assert not frozen_norm.running_mean.any() and moving_norm.running_mean.any()
+    assert encoder.layers[2].training and not encoder.layers[0].training
+
+
+# --- GAE -------------------------------------------------------------------------------------------------------------
+def test_gae_by_hand():
+    # gamma = lambda = 1/2, so gamma lambda = 1/4. Five copies with the same numbers; step 2 only resets where step 1 ended.
+    #   delta_0 = 1 + 2/2 - 1 = 1        delta_1 = 4 + 3/2 - 2 = 3.5, terminated: 4 - 2 = 2
+    #   delta_2 = 0 + 4/2 - 3 = -1       delta_3 = 3 + 5/2 - 4 = 1.5, terminated: 3 - 4 = -1
+    # goes on:           A3 = 1.5, A2 = -1 + 1.5/4 = -0.625, A1 = 3.5 - 0.625/4 = 3.34375, A0 = 1 + 3.34375/4 = 1.8359375
+    # step 1 terminated: A1 = 2, A0 = 1 + 2/4 = 1.5
+    # step 1 truncated:  A1 = 3.5 (bootstraps from V = 3, and nothing of the reset follows), A0 = 1 + 3.5/4 = 1.875
+    # step 3 terminated: A3 = -1, A2 = -1 - 1/4 = -1.25, A1 = 3.5 - 1.25/4 = 3.1875, A0 = 1 + 3.1875/4 = 1.796875
+    # step 3 truncated:  as if it went on, bootstrapping from next_value
+    rewards = torch.tensor([1.0, 4.0, 0.0, 3.0])[:, None].repeat(1, 5)
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None].repeat(1, 5)
+    terminated, truncated = torch.zeros(4, 5, dtype=torch.bool), torch.zeros(4, 5, dtype=torch.bool)
+    terminated[1, 1] = truncated[1, 2] = terminated[3, 3] = truncated[3, 4] = True
+    advantages, returns = compute_gae(rewards, values, torch.full((5,), 5.0), terminated, truncated, 0.5, 0.5)
+    on, no = [1.8359375, 3.34375, -0.625, 1.5], [-0.625, 1.5]
+    expected = torch.tensor([on, [1.5, 2.0, *no], [1.875, 3.5, *no], [1.796875, 3.1875, -1.25, -1.0], on]).T
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, expected + values)
+
+
+# --- PPO -------------------------------------------------------------------------------------------------------------
+def ppo_by_hand(**changes):
+    # Ratios: (1/2) / (1/4) = 2 twice, (1/4) / (1/2) = 1/2 twice.
+    logits = torch.tensor([HALF, HALF, THREE_QUARTERS, THREE_QUARTERS])
+    actions, advantages = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    logprobs = torch.tensor([0.25, 0.25, 0.5, 0.5]).log()
+    newvalue, values = torch.tensor([1.0, 0.1, 1.0, -1.0]), torch.tensor([0.0, 0.0, 0.0, 0.5])
+    returns = torch.tensor([2.0, 2.0, 0.0, 0.0])
+    args = Args(**({"norm_adv": False, "clip_coef": 0.2, "ent_coef": 0.1, "vf_coef": 0.5} | changes))
+    loss, stats = ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args)
+    return {"loss": loss.item(), **{name: value.item() for name, value in stats.items()}}
+
+
+def test_ppo_loss_by_hand():
+    # policy: -min(2, 1.2) = -1.2; max(2, 1.2) = 2; -min(0.5, 0.8) = -0.5; max(0.5, 0.8) = 0.8: mean 1.1 / 4 = 0.275
+    # value: clipped to 0.2: max((1 - 2)^2, (0.2 - 2)^2) = 3.24; not clipped: (0.1 - 2)^2 = 3.61;
+    #        max(1^2, 0.2^2) = 1; clipped to 0.3: max((-1)^2, 0.3^2) = 1: mean 8.85 / 4 / 2 = 1.10625
+    # entropy: ln 2 = 0.6931472 twice, 3/4 ln(4/3) + 1/4 ln 4 = 0.5623351 twice: mean 0.6277412
+    # loss = 0.275 - 0.1 * 0.6277412 + 0.5 * 1.10625 = 0.7653509
+    # approx_kl = mean(ratio - 1 - ln ratio) = (2 (1 - ln 2) + 2 (-1/2 + ln 2)) / 4 = 0.25, old: the logs cancel
+    expected = {
+        "loss": 0.7653509, "policy_loss": 0.275, "value_loss": 1.10625, "entropy": 0.6277412,
+        "old_approx_kl": 0.0, "approx_kl": 0.25, "clipfrac": 1.0,
+    }  # fmt: skip
+    assert ppo_by_hand() == pytest.approx(expected, abs=1e-6)
+
+
+def test_ppo_loss_options():
+    # Advantages (1, -1, 1, -1) have standard deviation sqrt(4/3): 0.275 / 1.1547005 = 0.2381570
+    assert ppo_by_hand(norm_adv=True)["policy_loss"] == pytest.approx(0.2381570, abs=1e-6)
+    # Unclipped values: (1 + 3.61 + 1 + 1) / 4 / 2 = 0.82625
+    assert ppo_by_hand(clip_vloss=False)["value_loss"] == pytest.approx(0.82625, abs=1e-6)
+    # With 1 +- 0.6 the ratio 2 is clipped and 1/2 is not: (-1.6 + 2 - 0.5 + 0.5) / 4 = 0.1
+    wide = ppo_by_hand(clip_coef=0.6)
+    assert wide["policy_loss"] == pytest.approx(0.1, abs=1e-6) and wide["clipfrac"] == 0.5
+
+
+def test_minibatch_loss_adds_the_weighted_ssl_loss():
+    agent = tiny_agent("pisco")
+    obs = torch.randint(0, 256, (6, 1, 60, 60), dtype=torch.uint8)
+    columns = [torch.randint(0, 2, (6,)), *torch.randn(4, 6)]
+
+    def loss(**changes):
+        torch.manual_seed(3)  # the same views
+        return minibatch_loss(agent, obs, *columns, Args(**changes))
+
+    (with_ssl, stats), (without, plain) = loss(ssl_coef=0.5), loss(ssl="none")
+    torch.testing.assert_close(with_ssl, without + 0.5 * stats["pisco"])
+    assert stats["pisco"] > 0 and "pisco" not in plain
+    with torch.no_grad():
+        agent.encoder.layers[-1][1].bias[:4] = -1e6  # four of eight features never fire
+        agent.encoder.layers[-1][1].bias[4:] = 1e6
+    assert loss()[1]["dead_features"] == 0.5
+
+
+@pytest.mark.parametrize("ssl, fraction, rows", [("pisco", 0.5, 4), ("curl", 0.3, 3), ("simsiam", 1.0, 7)])
+def test_ssl_loss_sees_its_share_of_the_minibatch(monkeypatch, ssl, fraction, rows):
+    agent, seen = tiny_agent(ssl), []  # 7 rows: half of them is 3.5, rounded up; 0.3 * 7 = 2.1
+
+    def spy(agent, views, z1, z2, kind):
+        seen.append((len(views), len(z1), len(z2)))
+        torch.testing.assert_close(torch.cat([z1, z2]), agent.encoder(views))
+        return ssl_loss(agent, views, z1, z2, kind)
+
+    monkeypatch.setattr(ppo_pisco, "ssl_loss", spy)
+    obs = torch.randint(0, 256, (7, 1, 60, 60), dtype=torch.uint8)
+    minibatch_loss(agent, obs, torch.zeros(7, dtype=torch.int64), *torch.randn(4, 7), Args(ssl=ssl, ssl_fraction=fraction))
+    assert seen == [(2 * rows, rows, rows)]
+
+
+# --- Augmentations ---------------------------------------------------------------------------------------------------
+def test_random_shift_is_a_crop_of_the_padded_image():
+    torch.manual_seed(0)
+    p, image = 2, np.arange(70, dtype=np.uint8).reshape(2, 7, 5)  # every pixel another value
+    padded = np.pad(image, ((0, 0), (p, p), (p, p)), mode="edge")
+    crops = {padded[:, y : y + 7, x : x + 5].tobytes(): (y, x) for y in range(5) for x in range(5)}
+    shifted = random_shift(torch.from_numpy(image).repeat(5000, 1, 1, 1), p)
+    assert shifted.shape == (5000, 2, 7, 5) and shifted.dtype == torch.uint8
+    counts = np.zeros((5, 5))
+    for output in shifted.numpy():
+        counts[crops[output.tobytes()]] += 1  # fails for anything that is no crop
+    # Both axes independent and uniform: 25 shifts, 200 expected of each, standard deviation 14.
+    assert counts.min() > 130 and counts.max() < 270
+
+
+def test_random_shift_by_nothing_and_of_floats():
+    images = torch.rand(3, 1, 6, 6)
+    torch.testing.assert_close(random_shift(images, 0), images, rtol=0, atol=0)
+    assert random_shift(images, 2).dtype == torch.float32
+    flat = torch.full((8, 1, 6, 6), 7, dtype=torch.uint8)
+    assert (random_shift(flat, 100) == 7).all()  # the border is replicated, not filled
+
+
+def test_random_noise():
+    torch.manual_seed(0)
+    out = random_noise(torch.full((4, 1, 60, 60), 128, dtype=torch.uint8))
+    assert out.dtype == torch.uint8
+    assert out.float().std().item() == pytest.approx(12.75, abs=0.5)  # 5% of 255
+    assert not torch.equal(out[0], out[1])
+    assert (random_noise(torch.zeros(4, 1, 60, 60, dtype=torch.uint8)) < 100).all()
+    assert (random_noise(torch.full((4, 1, 60, 60), 255, dtype=torch.uint8)) > 155).all()
+
+
+@pytest.mark.parametrize("kind, keeps_values", [("shift", True), ("noise", False)])
+def test_augment_draws_the_kind_asked_for(kind, keeps_values):
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (64, 1, 12, 12), dtype=torch.uint8)
+    one, two = augment(images, kind, 3), augment(images, kind, 3)
+    assert one.dtype == torch.uint8 and one.shape == images.shape
+    assert not torch.equal(one, images) and not torch.equal(one, two)
+    known = all(set(a.unique().tolist()) <= set(b.unique().tolist()) for a, b in zip(one, images))
+    assert known == keeps_values  # a shift makes no new pixel values
+
+
+# --- Rollout and update ----------------------------------------------------------------------------------------------
+def marked_rollout():
+    """Six steps of two copies; every image is full of its row's number, and rows 3 and 8 are resets."""
+    rollout = Rollout.empty(6, 2, (1, 60, 60), torch.device("cpu"))
+    rollout.obs[:] = torch.arange(12, dtype=torch.uint8).view(6, 2, 1, 1, 1)
+    rollout.values[:], rollout.rewards[:] = torch.randn(6, 2), torch.randn(6, 2)
+    rollout.valid[:] = True
+    rollout.valid.view(-1)[[3, 8]] = False
+    return rollout
+
+
+def run_update(agent, rollout, **changes):
+    """Calls update with a loss that only records its rows and reports the call's number as its statistics."""
+    seen = []
+
+    def loss_function(agent, obs, *columns_and_args):
+        seen.append(obs[:, 0, 0, 0].tolist())
+        number = torch.tensor(float(len(seen)))
+        return agent.actor.weight.sum(), {"approx_kl": number, "policy_loss": number}
+
+    args = Args(ssl="none", num_minibatches=2, update_epochs=3, **changes)
+    optimizer = torch.optim.SGD([p for p in agent.parameters() if p.requires_grad], lr=1.0)
+    return seen, update(agent, optimizer, rollout, torch.zeros(2), args, loss_function)
+
+
+def test_update_trains_every_valid_row_and_no_other():
+    agent = tiny_agent("none", freeze=2)
+    before = agent.actor.weight.detach().clone()
+    seen, means = run_update(agent, marked_rollout(), max_grad_norm=0.5)
+    assert [len(rows) for rows in seen] == [6] * 6  # 3 epochs x 2 minibatches of 6 rows
+    for epoch in range(3):
+        assert set(seen[2 * epoch] + seen[2 * epoch + 1]) == set(range(12)) - {3, 8}
+    assert means["policy_loss"] == 3.5  # the mean of 1..6, not the last one
+    assert means["grad_norm_frozen"] == 0.0
+    assert means["grad_norm_trained"] == pytest.approx(4.0)  # 16 ones: the norm before clipping
+    # Clipped to norm 0.5, each of the 16 is 0.125; six steps of learning rate 1 take 0.75.
+    torch.testing.assert_close(before - agent.actor.weight.detach(), torch.full((2, 8), 0.75))
+    assert seen[0] != seen[2]  # another order in each epoch
+
+
+def test_target_kl_ends_the_epochs():
+    seen, _ = run_update(tiny_agent("none"), marked_rollout(), target_kl=3.5)
+    assert len(seen) == 4  # the second epoch ends above 3.5, so there is no third
+
+
+def test_collect_rollout_records_what_the_agent_saw_and_did():
+    args = Args(num_steps=40, num_envs=3, ssl="none", jump_tasks="20:10", reward_scale=0.5, jump_prior=0.5)
+    agent = tiny_agent("none")
+    envs = ppo_pisco.ImageEnvs(args, 3, seed=1)
+    rollout = Rollout.empty(40, 3, envs.obs_shape, torch.device("cpu"))
+    torch.manual_seed(0)
+    first = torch.from_numpy(envs.reset())
+    next_obs, next_value, episodes = collect_rollout(agent, envs, rollout, first, args)
+    with torch.no_grad():
+        logits, values = agent(rollout.obs.flatten(0, 1))
+        torch.testing.assert_close(rollout.values.flatten(), values)
+        expected = logits.log_softmax(-1).gather(1, rollout.actions.view(-1, 1)).squeeze(1)
+        torch.testing.assert_close(rollout.logprobs.flatten(), expected)
+        torch.testing.assert_close(next_value, agent(next_obs)[1])
+    assert torch.equal(rollout.obs[0], first) and 0 < rollout.actions.float().mean() < 1
+    assert set(rollout.rewards.unique().tolist()) == {-0.5, 0.0, 0.5}  # collision, reset, a step; times 0.5
+    # The row after a row that ended an episode is invalid, no other is; its reward is 0.
+    done = rollout.terminated | rollout.truncated
+    assert torch.equal(~rollout.valid[1:], done[:-1]) and rollout.valid[0].all()
+    assert (rollout.rewards[~rollout.valid] == 0).all() and len(episodes) == done.sum() > 0
