@@ -23,7 +23,7 @@ import re
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -88,7 +88,7 @@ class Args:
     """Jump-v0: source, target, wide, narrow, random, grid, or a list of obstacle:floor such as 20:10,30:20"""
     jump_reward: float = 1.0
     """Jump-v0: bonus for reaching the right edge (the reference task pays 100)"""
-    jump_prior: float = 0.1
+    jump_prior: float = 0.05
     """Jump-v0: the untrained policy's probability of jumping (0.5: the usual uniform start)"""
     reward_scale: float = 0.1
     """factor on the training reward; logged returns are unscaled"""
@@ -108,13 +108,13 @@ class Args:
     # PiSCO and its alternatives
     ssl: Literal["pisco", "simsiam", "curl", "consistency", "none"] = "pisco"
     """self-supervised loss on two augmented views"""
-    ssl_coef: float = 0.1
+    ssl_coef: float = 0.5
     """weight lambda of the self-supervised loss"""
     ssl_fraction: float = 0.5
     """share of every minibatch on which the self-supervised loss is computed"""
     augmentation: Literal["shift", "noise"] = "shift"
     """random augmentation A that makes the views"""
-    shift_pixels: int = 4
+    shift_pixels: int = 8
     """largest shift in pixels, in each direction"""
     projector_dim: int = 256
     """hidden width of the projector h (pisco, simsiam)"""
@@ -126,7 +126,7 @@ class Args:
     """environment steps of the whole run"""
     learning_rate: float = 1e-3
     """learning rate of Adam"""
-    num_envs: int = 64
+    num_envs: int = 32
     """parallel copies of the environment"""
     num_steps: int = 64
     """steps per copy in each rollout"""
@@ -160,9 +160,10 @@ class Args:
 # Environments: MSR Jump here, everything else from EnvPool or Gymnasium
 # ---------------------------------------------------------------------------------------------------------------------
 JUMP_GRID = [(x, y) for x in range(20, 46) for y in range(10, 21)]  # 286 tasks (obstacle, floor) of Agarwal et al. 2021
+JUMP_LATTICE = [(x, y) for x in range(20, 45, 4) for y in (10, 14, 18)]  # four pixels: the first convolution's stride
 JUMP_TASK_SETS = {
-    "source": [(x, y) for x in (20, 30, 40) for y in (10, 20)],  # the six of Tachet des Combes et al. 2018
-    "target": [(x, y) for x in (25, 35, 45) for y in (5, 15, 25)],
+    "source": [(x, y) for x, y in JUMP_LATTICE if (x + y) % 8 == 6],  # one colour of a checkerboard, 11 tasks
+    "target": [(x, y) for x, y in JUMP_LATTICE if (x + y) % 8 == 2],  # the other one, 10 tasks
     "wide": [(x, y) for x in range(20, 46, 5) for y in (10, 15, 20)],
     "narrow": [(x, y) for x in range(28, 39, 2) for y in (13, 15, 17)],
     "random": [JUMP_GRID[i] for i in np.random.RandomState(0).choice(286, 18, replace=False)],  # always the same 18
@@ -505,9 +506,8 @@ class Encoder(nn.Module):
         """The layers as text: index, type, parameters, frozen or trained."""
         lines = ["layer  type                       parameters  state"]
         for i, layer in enumerate(self.layers):
-            kind = (
-                "+".join(type(m).__name__ for m in layer) if isinstance(layer, nn.Sequential) else type(layer).__name__
-            )
+            parts = layer if isinstance(layer, nn.Sequential) else [layer]
+            kind = "+".join(type(part).__name__ for part in parts)
             size = sum(p.numel() for p in layer.parameters())
             lines.append(f"{i + 1:>5}  {kind:<25}  {size:>10,}  {'frozen' if i < self.frozen else 'trained'}")
         return "\n".join(lines)
@@ -589,7 +589,7 @@ def load_encoder(path, encoder, architecture, obs_shape):
         raise UsageError(f"--encoder-weights {path}: not a readable .safetensors file ({error})") from None
     if metadata.get("observation_shape") != json.dumps(list(obs_shape)):
         raise UsageError(
-            f"--encoder-weights {path}: made for images {metadata.get('observation_shape')}, these are {list(obs_shape)}"
+            f"--encoder-weights {path}: made for images {metadata.get('observation_shape')}, not {list(obs_shape)}"
         )
     if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values()):
         raise UsageError(f"--encoder-weights {path}: holds values that are not finite float32; make the file anew")
@@ -1101,36 +1101,39 @@ def check_args(args):
             raise UsageError("--track: Weights & Biases is not installed; pip install wandb") from None
 
 
+def parse_flags(argv, **options):
+    """The command line as Args. What tyro complains of in a box becomes one line: a UsageError."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(Args, args=argv, description=__doc__, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(re.sub("[\u2500-\u257f]", " ", stderr.getvalue())) from None
+
+
 def parse_args(argv=None):
     """The arguments of the command line; with --resume those of the run, which other flags may repeat but not change.
 
-    Raises UsageError, for what the command line's syntax forbids as well.
+    Raises UsageError.
     """
+    args = parse_flags(argv)
+    if args.resume is None:
+        return args
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            args = tyro.cli(Args, args=argv, description=__doc__)
-            if args.resume is None:
-                return args
-            path = Path(args.resume) / "args.json"
-            saved = json.loads(path.read_text())
-            if set(saved) != {field.name for field in fields(Args)} - {"resume"}:
-                raise UsageError(f"--resume {args.resume}: args.json was written by another version of this script")
-            saved = Args(**saved, resume=args.resume)
-            asked = tyro.cli(Args, args=argv, default=saved)
+        saved = json.loads((Path(args.resume) / "args.json").read_text())
     except FileNotFoundError:
         raise UsageError(f"--resume {args.resume}: not a run folder, it has no args.json") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume {args.resume}: args.json can't be read ({error})") from None
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        raise UsageError(" ".join(re.sub("[\u2500-\u257f]", " ", stderr.getvalue()).split())) from None
-    for key, value in asdict(saved).items():
-        if getattr(asked, key) != value:
-            flag = key.replace("_", "-")
-            raise UsageError(
-                f"--{flag} {getattr(asked, key)}: the run was made with {value}; drop --{flag} or start a new run"
-            )
+    if not isinstance(saved, dict) or saved.keys() != asdict(args).keys() - {"resume"}:
+        raise UsageError(f"--resume {args.resume}: args.json was written by another version of this script")
+    saved = Args(**saved, resume=args.resume)
+    for key, value in asdict(parse_flags(argv, default=saved)).items():
+        if value != getattr(saved, key):
+            flag = f"--{key.replace('_', '-')}"
+            raise UsageError(f"{flag} {value}: the run was made with {getattr(saved, key)}; drop {flag} or start anew")
     return saved
 
 
@@ -1285,7 +1288,7 @@ def main(argv=None):
     try:
         folder = train(parse_args(argv))
     except UsageError as error:
-        print(f"ppo_pisco.py: error: {error}", file=sys.stderr)
+        print(f"ppo_pisco.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         print(

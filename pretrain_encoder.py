@@ -8,8 +8,11 @@ Reinforcement learning on the source tasks, as in Arnold and Sha, arXiv 2302.060
 from random weights, without a self-supervised loss and without frozen layers; its policy and value heads are discarded.
 """
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -47,6 +50,31 @@ class Args:
     """run folder of a killed pretraining to go on with"""
     force: bool = False
     """replace the output file if there is one"""
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file beside `path` and moves it there once it is on the disk whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parse_flags(argv, **options):
+    """The command line as Args. What tyro complains of in a box becomes one line: a UsageError."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(Args, args=argv, description=__doc__, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UsageError(re.sub("[\u2500-\u257f]", " ", stderr.getvalue())) from None
 
 
 def train(args, further):
@@ -89,12 +117,7 @@ def export(folder, output, force):
     path = Path(output) if output else default_output(metadata)
     check_output(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(safetensors.torch.save(tensors, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata)))
     return path, score
 
 
@@ -106,8 +129,8 @@ def check_output(path, force):
 
 def main(argv=None):
     """Runs the command line `argv`. Returns the exit code: 0, 2 for bad input or 130 after Ctrl-C."""
-    args, further = tyro.cli(Args, args=argv, description=__doc__, return_unknown_args=True)
     try:
+        args, further = parse_flags(argv, return_unknown_args=True)
         if args.output or not args.resume:  # before the training, not after it
             known = {"environment": args.env_id, "architecture": args.encoder}
             check_output(Path(args.output) if args.output else default_output(known), args.force)
@@ -118,7 +141,7 @@ def main(argv=None):
             return code
         path, score = export(folder, args.output, args.force)
     except (UsageError, OSError) as error:
-        print(f"pretrain_encoder.py: error: {error}", file=sys.stderr)
+        print(f"pretrain_encoder.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print("source tasks:", ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in score.items()))
     print(f"wrote {path}; use it with: python ppo_pisco.py --encoder-weights {path} --freeze-layers 2")

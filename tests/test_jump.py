@@ -173,6 +173,7 @@ def test_autoreset_takes_one_step_without_reward():
         np.testing.assert_array_equal(obs, first)  # on the floor at x = 0
         assert (rewards[0], terminated[0], truncated[0], info["success"][0]) == (0.0, False, False, False)
         frames, rewards, terminated = walk(env, [RIGHT] * 16)
+        np.testing.assert_array_equal(frames, walk(one(20, 10)[0], [RIGHT] * 16)[0])  # nothing is left of the jump
         assert rewards == [1.0] * 15 + [-1.0] and terminated[-1]
 
 

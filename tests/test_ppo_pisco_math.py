@@ -130,6 +130,25 @@ def test_curl_pairs_each_projected_query_with_its_key():
     torch.testing.assert_close(loss, (info_nce_loss(q1, k2) + info_nce_loss(q2, k1)) / 2)
 
 
+# --- Networks --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("architecture", ["nature", "impala"])
+def test_encoder_takes_bytes_as_zero_to_one(architecture):
+    encoder = Encoder(architecture, (3, 60, 60), 8)
+    white = torch.full((2, 3, 60, 60), 255, dtype=torch.uint8)
+    output = encoder(white)
+    assert output.shape == (2, 8) and (output >= 0).all()
+    torch.testing.assert_close(output, nn.Sequential(*encoder.layers)(torch.ones(2, 3, 60, 60)))
+    assert (white == 255).all()
+
+
+def test_jump_prior_is_the_untrained_probability_of_jumping():
+    zero = torch.zeros(1, 8)
+    jump = Agent(Args(jump_prior=0.1, feature_dim=8), (1, 60, 60), 2)
+    torch.testing.assert_close(jump.actor(zero).softmax(-1), torch.tensor([[0.9, 0.1]]))
+    other = Agent(Args(jump_prior=0.1, feature_dim=8, env_id="Pong-v5"), (4, 84, 84), 6)
+    torch.testing.assert_close(other.actor(zero).softmax(-1), torch.full((1, 6), 1 / 6))
+
+
 # --- Freezing --------------------------------------------------------------------------------------------------------
 def test_frozen_layers_build_no_graph():
     encoder = Encoder("nature", (1, 60, 60), 8)
@@ -141,6 +160,7 @@ def test_frozen_layers_build_no_graph():
         output = encoder.freeze(count)(images)
         assert inputs == [bool(flag) for flag in expected]
         assert output.requires_grad == (count < 4)
+        assert [p.requires_grad for p in encoder.parameters()] == [False] * 2 * count + [True] * 2 * (4 - count)
 
 
 def test_frozen_encoder_takes_large_batches_in_pieces():
@@ -155,11 +175,12 @@ def test_frozen_layers_stay_in_eval_mode():
     frozen_norm, moving_norm = nn.BatchNorm2d(32), nn.BatchNorm2d(64)
     encoder.layers[0].append(frozen_norm).append(nn.Dropout(0.5))
     encoder.layers[2].append(moving_norm)
-    encoder.freeze(2).train()
     images = torch.randint(0, 256, (4, 1, 60, 60), dtype=torch.uint8)
-    torch.testing.assert_close(encoder(images), encoder(images), rtol=0, atol=0)  # no dropout
-    assert not frozen_norm.running_mean.any() and moving_norm.running_mean.any()
-    assert encoder.layers[2].training and not encoder.layers[0].training
+    for make_ready in (lambda: encoder.freeze(2), lambda: encoder.eval().train()):
+        make_ready()
+        torch.testing.assert_close(encoder(images), encoder(images), rtol=0, atol=0)  # no dropout
+        assert not frozen_norm.running_mean.any() and moving_norm.running_mean.any()
+        assert encoder.layers[2].training and not encoder.layers[0].training
 
 
 # --- GAE -------------------------------------------------------------------------------------------------------------
@@ -189,7 +210,7 @@ def ppo_by_hand(**changes):
     logits = torch.tensor([HALF, HALF, THREE_QUARTERS, THREE_QUARTERS])
     actions, advantages = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, -1.0, 1.0, -1.0])
     logprobs = torch.tensor([0.25, 0.25, 0.5, 0.5]).log()
-    newvalue, values = torch.tensor([1.0, 0.1, 1.0, -1.0]), torch.tensor([0.0, 0.0, 0.0, 0.5])
+    newvalue, values = torch.tensor([1.0, 0.1, 1.0, -1.0]), torch.tensor([0.5, 0.0, 0.0, 0.5])
     returns = torch.tensor([2.0, 2.0, 0.0, 0.0])
     args = Args(**({"norm_adv": False, "clip_coef": 0.2, "ent_coef": 0.1, "vf_coef": 0.5} | changes))
     loss, stats = ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args)
@@ -198,13 +219,13 @@ def ppo_by_hand(**changes):
 
 def test_ppo_loss_by_hand():
     # policy: -min(2, 1.2) = -1.2; max(2, 1.2) = 2; -min(0.5, 0.8) = -0.5; max(0.5, 0.8) = 0.8: mean 1.1 / 4 = 0.275
-    # value: clipped to 0.2: max((1 - 2)^2, (0.2 - 2)^2) = 3.24; not clipped: (0.1 - 2)^2 = 3.61;
-    #        max(1^2, 0.2^2) = 1; clipped to 0.3: max((-1)^2, 0.3^2) = 1: mean 8.85 / 4 / 2 = 1.10625
+    # value: clipped to 0.7: max((1 - 2)^2, (0.7 - 2)^2) = 1.69; not clipped: (0.1 - 2)^2 = 3.61;
+    #        clipped to 0.2: max(1^2, 0.2^2) = 1; clipped to 0.3: max((-1)^2, 0.3^2) = 1: mean 7.3 / 4 / 2 = 0.9125
     # entropy: ln 2 = 0.6931472 twice, 3/4 ln(4/3) + 1/4 ln 4 = 0.5623351 twice: mean 0.6277412
-    # loss = 0.275 - 0.1 * 0.6277412 + 0.5 * 1.10625 = 0.7653509
+    # loss = 0.275 - 0.1 * 0.6277412 + 0.5 * 0.9125 = 0.6684759
     # approx_kl = mean(ratio - 1 - ln ratio) = (2 (1 - ln 2) + 2 (-1/2 + ln 2)) / 4 = 0.25, old: the logs cancel
     expected = {
-        "loss": 0.7653509, "policy_loss": 0.275, "value_loss": 1.10625, "entropy": 0.6277412,
+        "loss": 0.6684759, "policy_loss": 0.275, "value_loss": 0.9125, "entropy": 0.6277412,
         "old_approx_kl": 0.0, "approx_kl": 0.25, "clipfrac": 1.0,
     }  # fmt: skip
     assert ppo_by_hand() == pytest.approx(expected, abs=1e-6)
@@ -338,8 +359,12 @@ def test_update_trains_every_valid_row_and_no_other():
 
 
 def test_target_kl_ends_the_epochs():
-    seen, _ = run_update(tiny_agent("none"), marked_rollout(), target_kl=3.5)
+    agent = tiny_agent("none")
+    before = agent.actor.weight.detach().clone()
+    seen, _ = run_update(agent, marked_rollout(), target_kl=3.5, max_grad_norm=1e9)
     assert len(seen) == 4  # the second epoch ends above 3.5, so there is no third
+    # Four steps of gradient 1: nothing is carried over from one minibatch to the next.
+    torch.testing.assert_close(before - agent.actor.weight.detach(), torch.full((2, 8), 4.0))
 
 
 def test_collect_rollout_records_what_the_agent_saw_and_did():

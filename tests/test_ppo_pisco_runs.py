@@ -172,6 +172,13 @@ def test_encoder_file_loads_into_another_run(tmp_path, finished):
         assert torch.equal(tensors(finished)[f"encoder.{name}"], value)
 
 
+def test_rollouts_of_one_step(tmp_path):
+    """Two copies in step with each other: in some iterations both only reset, and there is nothing to train on."""
+    flags = "--num-envs 2 --num-steps 1 --num-minibatches 1 --total-timesteps 64 --jump-tasks 20:10 --jump-prior 1e-6"
+    rows = finite_losses(train(tmp_path, flags))
+    assert len(rows) == 32 and rows[-1]["charts/episodic_length"] == "16.0"
+
+
 def test_weights_and_biases_is_told_of_the_run(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs)))
@@ -207,22 +214,21 @@ def test_evaluation_counts_every_task_once(tmp_path, monkeypatch, floors):
     found = ppo_pisco.evaluate(Scripted(floors), args, torch.device("cpu"), 7, tmp_path)
     target, result = JUMP_TASK_SETS["target"], evaluation(tmp_path)
     for policy in ("greedy", "sampled"):  # the script is as good as certain of its action
-        every = result[policy]["all_tasks"]
-        assert every == {f"{x}:{y}": y in floors for x, y in {*target, *JUMP_GRID}}
-        assert result[policy]["tasks"] == {f"{x}:{y}": y in floors for x, y in target}
+        assert result[policy]["solved"] == {f"{x}:{y}": y in floors for x, y in {*target, *JUMP_GRID}}
+        assert result[policy]["trained_tasks"] == [f"{x}:{y}" for x, y in target]
         assert found[f"eval/{policy}_success"] == pytest.approx(sum(y in floors for _, y in target) / 9)
         assert found[f"eval/{policy}_grid_success"] == pytest.approx(sum(y in floors for _, y in JUMP_GRID) / 286)
         # Solved: 56 steps and the bonus 1. Not solved: obstacle - 5 steps of +1 and the collision's -1.
-        expected = np.mean([57 if y in floors else x - 6 for x, y in target])
-        assert found[f"eval/{policy}_return"] == pytest.approx(expected)
+        returns = [57.0 if y in floors else x - 6.0 for x, y in target]
+        assert result[policy]["return"] == returns and found[f"eval/{policy}_return"] == pytest.approx(np.mean(returns))
+        assert result[policy]["length"] == [56 if y in floors else x - 4 for x, y in target]
     assert result["global_step"] == 7 and Image.open(tmp_path / "heatmap.png").format == "PNG"
 
 
 def test_evaluation_of_a_run_covers_the_grid_and_leaves_training_alone(tmp_path, monkeypatch, finished):
     monkeypatch.setattr(ppo_pisco, "JUMP_GRID", JUMP_GRID)
     folder = train(tmp_path, "--eval-interval 64 --capture-video")
-    assert len(evaluation(folder)["greedy"]["all_tasks"]) == 286 + 6  # three of the nine target tasks are in the grid
-    assert len(evaluation(folder)["greedy"]["tasks"]) == 9
+    assert len(evaluation(folder)["greedy"]["solved"]) == 286 + 6  # three of the nine target tasks are in the grid
     assert [bool(row["eval/greedy_success"]) for row in metrics(folder)] == [False, True, False, True]
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     for step in (64, 128):
@@ -272,7 +278,7 @@ def test_resume_twice_and_of_a_finished_run(tmp_path, finished):
     assert_same_end(resume(folder), finished)
 
 
-@pytest.mark.parametrize("flags", ["--ssl curl", "--ssl simsiam --augmentation noise", "--ssl none --target-kl 1e-5",
+@pytest.mark.parametrize("flags", ["--ssl curl --jump-tasks 20:10,22:10,24:10", "--ssl simsiam --augmentation noise", "--ssl none --target-kl 1e-5",
                                    "--freeze-layers 2 --freeze-random --checkpoint-interval 2", "--encoder impala"])  # fmt: skip
 def test_resume_of_other_runs(tmp_path, flags):
     whole = train(tmp_path / "whole", flags)
@@ -297,6 +303,16 @@ def test_resume_with_a_damaged_checkpoint_takes_the_previous_one(tmp_path, finis
     path.unlink()  # the previous one may be the same file under another name
     path.write_bytes({"cut": whole[:-2000], "empty": b"", "noise": whole[:1000] + os.urandom(5000)}[damage])
     assert_same_end(resume(folder), finished)
+
+
+def test_resume_logs_no_step_twice(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:  # the third iteration is logged, its checkpoint is not written
+        kill_at(patch, ppo_pisco.RunFolder, "save_checkpoint", 3)
+        folder = train_until_killed(tmp_path)
+    assert len(metrics(folder)) == 3
+    events = EventAccumulator(str(resume(folder))).Reload()
+    assert [event.step for event in events.Scalars("losses/pisco")] == [32, 64, 96, 128]
+    assert [row["global_step"] for row in metrics(folder)] == ["32", "64", "96", "128"]
 
 
 def test_resume_drops_a_row_cut_short(tmp_path, finished):
@@ -447,7 +463,7 @@ def test_gymnasium_run(tmp_path, capsys):
     assert [int(row["global_step"]) for row in rows] == [32, 64, 96, 128]
     assert 30.0 <= float(rows[-1]["charts/episodic_return"]) <= 50.0
     # The evaluation's one episode is the first of its environment, which ends after three steps.
-    assert evaluation(folder)["greedy"] == [{"return": 30.0, "length": 3}]
+    assert evaluation(folder)["greedy"] == {"return": [30.0], "length": [3]}
     assert evaluation(folder)["metrics"] == {"eval/greedy_return": 30.0, "eval/sampled_return": 30.0}
     assert Image.open(folder / "evaluation_128.gif").size == (42 * 2, 38 * 2)  # 40 x 36 with a border, twice as large
     assert not (folder / "heatmap.png").exists()
@@ -457,16 +473,24 @@ def test_gymnasium_run(tmp_path, capsys):
 PONG = "--env-id Pong-v5 --num-steps 16"  # 64 steps an iteration
 
 
-def test_pong_pretrain_freeze_kill_resume(tmp_path, capsys):
+def test_pong_pretrain_freeze_kill_resume(tmp_path, capsys, monkeypatch):
+    seeds, make_envpool = [], ppo_pisco.make_envpool
+
+    def spy(args, num_envs, seed, training):
+        seeds.append(seed)
+        return make_envpool(args, num_envs, seed, training)
+
     source = train(tmp_path / "source", f"{PONG} --ssl none --total-timesteps 128")
     assert encoder_file(source / "encoder.safetensors")[1]["observation_shape"] == "[4, 84, 84]"
     flags = f"{PONG} --encoder-weights {source}/encoder.safetensors --freeze-layers 2 --ssl pisco --total-timesteps 1024"
+    monkeypatch.setattr(ppo_pisco, "make_envpool", spy)
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, ppo_pisco, "update", 10)
         folder = train_until_killed(tmp_path / "target", flags)
     capsys.readouterr()
     resume(folder)
     assert "fresh episodes" in capsys.readouterr().out
+    assert seeds[0] != seeds[1]  # not the first episodes once more
     rows = finite_losses(folder)
     assert [int(row["global_step"]) for row in rows] == [*range(64, 1025, 64)]
     assert all(row["losses/pisco"] for row in rows)
@@ -474,8 +498,8 @@ def test_pong_pretrain_freeze_kill_resume(tmp_path, capsys):
         moved = not torch.equal(value, tensors(source, "encoder")[name])
         assert moved == name.startswith(("layers.2.", "layers.3.")), name
     for policy in ("greedy", "sampled"):
-        (game,) = evaluation(folder)[policy]
-        assert -21.0 <= game["return"] <= 21.0 and game["length"] > 500  # a whole game
+        (score,), (length,) = evaluation(folder)[policy].values()
+        assert -21.0 <= score <= 21.0 and length > 500  # a whole game
 
 
 def spied(env_id, num_envs, training=True):

@@ -1,0 +1,89 @@
+"""Every command of the README runs, made small by further flags; the numbers in its tables are the code's."""
+
+import re
+import subprocess
+import sys
+
+import ppo_pisco
+import pytest
+import safetensors
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.+?)\n```", README, flags=re.S)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+SMALL = "--num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 32 --torch-threads 1 --eval-episodes 1"
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+
+
+def test_set_up_commands_install_the_same():
+    main, tests = (re.search(rf"<!-- {name} -->\n```bash\n(.+)\n```", README).group(1) for name in ("main", "tests"))
+    assert main == INSTALL + ".venv/bin/python ppo_pisco.py --freeze-layers 2"
+    assert tests == INSTALL + ".venv/bin/python -m pytest -q tests"
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "ppo_pisco.py" in line and "pip install" not in line])
+def test_training_commands(line, tmp_path):
+    words = line.split()
+    assert words[:2] == ["python", "ppo_pisco.py"]
+    for i, word in enumerate(words):  # weights that another command of the README makes
+        if word == "--encoder-weights" and words[i + 1].startswith("encoders/"):
+            words[i + 1] = str(make_encoder(words, tmp_path))
+    small = [] if "--help" in words else [*SMALL.split(), "--runs-dir", str(tmp_path / "runs")]
+    result = subprocess.run([sys.executable, *words[1:], *small], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def make_encoder(words, tmp_path):
+    """An encoder file of the shape that the command wants: the architecture's random weights."""
+    atari = "Breakout-v5" in words
+    args = ppo_pisco.Args(env_id="Pong-v5" if atari else "Jump-v0", feature_dim=512 if atari else 256)
+    shape = (4, 84, 84) if atari else (1, 60, 60)
+    path = tmp_path / "encoder.safetensors"
+    ppo_pisco.save_encoder(path, ppo_pisco.Encoder("nature", shape, args.feature_dim), args, shape, 0)
+    return path
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python pretrain_encoder.py")])
+def test_pretraining_commands(line, tmp_path):
+    small = [*SMALL.split(), "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path / "e.safetensors")]
+    command = [sys.executable, *line.split()[1:], *small]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python benchmark/")])
+def test_benchmark_commands_start(line):
+    result = subprocess.run([sys.executable, *line.split()[1:], "--help"], cwd=ROOT, capture_output=True, timeout=100)
+    assert result.returncode == 0
+
+
+def test_every_command_is_run_here_or_by_the_gate():
+    kinds = ("python ppo_pisco.py", "python pretrain_encoder.py", "python benchmark/", INSTALL)
+    assert all(line.startswith(kinds) for line in COMMANDS)
+    assert len(COMMANDS) > 10
+
+
+def test_layer_table_has_the_codes_parameters():
+    for architecture, expected in {
+        "nature": [2_080, 32_832, 36_928, 262_400],
+        "impala": [160, 4_640, 4_640, 4_640, 18_496, 18_496, 9_248, 18_496, 18_496, 524_544],
+    }.items():
+        layers = ppo_pisco.Encoder(architecture, (1, 60, 60), 256).layers
+        assert [sum(p.numel() for p in layer.parameters()) for layer in layers] == expected
+        assert all(f"{size:,}" in README for size in expected)
+
+
+def test_shipped_encoder_is_what_the_readme_says():
+    path = ROOT / "encoders" / "jump-v0__nature__rl.safetensors"
+    assert path.stat().st_size < 2_000_000
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["objective"], metadata["tasks"], metadata["seed"]) == ("rl", "source", "1")
+    assert f"{int(metadata['steps']):,} steps" in README
+
+
+def test_pictures_exist():
+    for name in re.findall(r"\]\((benchmark/figures/[^)]+)\)", README):
+        assert (ROOT / name).read_bytes().startswith(b"\x89PNG")
