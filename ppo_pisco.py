@@ -76,7 +76,7 @@ class Args:
     """write a GIF of greedy episodes at every evaluation"""
     checkpoint_interval: int = 10
     """iterations between two checkpoints"""
-    eval_interval: int = 100_000
+    eval_interval: int = 20_480
     """environment steps between two evaluations; there is always one at the end (0: only that one)"""
     eval_episodes: int = 10
     """episodes per evaluation and policy (greedy, sampled); Jump-v0 plays every task once instead"""
@@ -122,7 +122,7 @@ class Args:
     """curl: step of the key encoder's moving average, once per update"""
 
     # PPO
-    total_timesteps: int = 300_000
+    total_timesteps: int = 102_400
     """environment steps of the whole run"""
     learning_rate: float = 1e-3
     """learning rate of Adam"""
@@ -130,7 +130,7 @@ class Args:
     """parallel copies of the environment"""
     num_steps: int = 64
     """steps per copy in each rollout"""
-    anneal_lr: bool = True
+    anneal_lr: bool = False
     """anneal the learning rate linearly to zero"""
     gamma: float = 0.99
     """discount factor"""

@@ -40,7 +40,7 @@ class Args:
     """Jump-v0: the source tasks, a set's name or a list of obstacle:floor"""
     encoder: str = "nature"
     """architecture: nature or impala"""
-    total_timesteps: int = 500_000
+    total_timesteps: int = 300_000
     """environment steps"""
     seed: int = 1
     """seed of the run"""
@@ -83,7 +83,7 @@ def train(args, further):
         command, pattern = ["--resume", args.resume], None
     else:
         name = f"pretrain-{os.getpid()}"  # a name of its own, to find the run folder again
-        command = ["--exp-name", name, "--encoder-weights", "none", "--freeze-layers", "0", "--ssl", "none"]
+        command = ["--exp-name", name, "--encoder-weights", "none", "--freeze-layers", "0", "--ssl", "none", "--anneal-lr"]
         for flag in ("env_id", "jump_tasks", "encoder", "total_timesteps", "seed", "runs_dir"):
             command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
         pattern = f"*__{name}__{args.seed}__*"
