@@ -51,7 +51,7 @@ def run(method, seed):
     folder = RESULTS / method.replace(" ", "_") / str(seed)
     if (folder / "manifest.json").exists():
         return
-    command = ["python", "ppo_pisco.py", *METHODS[method], "--seed", str(seed), "--eval-interval", "20000"]
+    command = ["python", "ppo_pisco.py", *METHODS[method], "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as runs:
         began = time.time()
         subprocess.run([sys.executable, *command[1:], "--runs-dir", runs], cwd=ROOT, check=True)
