@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 # Four iterations of 4 copies x 8 steps, a checkpoint after each. The first collisions are at step 16, in the second.
 TINY = (
     "--encoder-weights none --feature-dim 32 --num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 128 "
-    "--jump-tasks 20:5,22:15,30:20 --checkpoint-interval 1 --eval-episodes 1 --torch-threads 1 --no-cuda"
+    "--jump-tasks 20:5,22:15,30:20 --learning-rate 1e-3 --anneal-lr --update-epochs 3 --checkpoint-interval 1 "
+    "--eval-episodes 1 --torch-threads 1 --no-cuda"
 )
 SMALL_GRID = [(20, 10), (45, 20)]  # instead of the 286 tasks, where a test is not about them
 
@@ -127,7 +128,9 @@ def evaluation(folder):
 def assert_same_end(folder, other):
     """Both runs hold the same weights, bit for bit, the same numbers and the same evaluation."""
     assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    (weights, about), (other_weights, other_about) = (encoder_file(path / "encoder.safetensors") for path in (folder, other))
+    (weights, about), (other_weights, other_about) = (
+        encoder_file(path / "encoder.safetensors") for path in (folder, other)
+    )
     assert about == other_about and weights.keys() == other_weights.keys()
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     assert metrics(folder) == metrics(other)

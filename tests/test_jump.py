@@ -166,7 +166,9 @@ def test_equals_the_slow_copy(jump_probability):
 # --- Autoreset, seeds, state -----------------------------------------------------------------------------------------
 def test_autoreset_takes_one_step_without_reward():
     env, first = one(20, 10)
-    _, _, terminated = walk(env, [RIGHT] * 4 + [JUMP] + [RIGHT] * 22)  # too early: comes down on the obstacle, at y = 19
+    _, _, terminated = walk(
+        env, [RIGHT] * 4 + [JUMP] + [RIGHT] * 22
+    )  # too early: comes down on the obstacle, at y = 19
     assert terminated == [False] * 26 + [True]
     for last_action in (JUMP, RIGHT):
         obs, rewards, terminated, truncated, info = env.step(np.array([last_action]))

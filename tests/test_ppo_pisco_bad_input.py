@@ -80,7 +80,8 @@ class Bomb:
         ("num-minibatches", "32"),  # leaves one row to each
         ("num-envs", "2.5"), ("num-envs", "many"), ("ssl", "bogus"), ("encoder", "resnet"), ("augmentation", "cutout"),
         ("freeze-layers", "5"), ("freeze-layers", "-1"), ("freeze-layers", "most"),
-        *(("jump-tasks", tasks) for tasks in ("nowhere", "20", "20:10,", "20:10;30:20", "13:10", "48:10", "20:41", "20:-1")),
+        *(("jump-tasks", tasks) for tasks in ("nowhere", "20", "20:10,", "20:10;30:20")),
+        *(("jump-tasks", tasks) for tasks in ("13:10", "48:10", "20:41", "20:-1")),
     ],
 )  # fmt: skip
 def test_value_that_no_run_can_have(refused, flag, value):
@@ -107,8 +108,16 @@ def test_seed_that_envpool_cannot_take(refused):
 
 
 # --- Environments ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("env_id, suggestion", [("Jump-v1", "Jump-v0"), ("Pongg-v5", "Pong-v5"), ("ALE/Pong-v5", "Pong-v5"),
-                                                ("TinyImag-v0", "TinyImage-v0"), ("Hoper-v5", "Hopper-v5")])  # fmt: skip
+NEAR = {
+    "Jump-v1": "Jump-v0",
+    "Pongg-v5": "Pong-v5",
+    "ALE/Pong-v5": "Pong-v5",
+    "TinyImag-v0": "TinyImage-v0",
+    "Hoper-v5": "Hopper-v5",
+}
+
+
+@pytest.mark.parametrize("env_id, suggestion", NEAR.items())
 def test_unknown_environment_gets_suggestions(refused, env_id, suggestion):
     error = refused(f"--env-id {env_id}", f"--env-id {env_id}")
     suggestions = error.partition("did you mean ")[2].rstrip("?").split(", ")
@@ -281,6 +290,7 @@ def test_resume_with_damaged_arguments(stopped, capsys, text):
     assert snapshot(stopped) == before
 
 
+@pytest.mark.filterwarnings("ignore:The field")
 @pytest.mark.parametrize("name, value", [("num_envs", "four"), ("num_envs", None), ("num_envs", 0), ("ssl", "bogus"),
                                          ("num_envs", 8), ("feature_dim", 64), ("encoder", "impala")])  # fmt: skip
 def test_resume_with_edited_arguments(stopped, capsys, name, value):

@@ -46,8 +46,8 @@ def test_pisco_gradient():
 # --- Its alternatives ------------------------------------------------------------------------------------------------
 def test_simsiam_value_and_gradient():
     # cos((3, 4), (4, 3)) = 24/25 = 0.96 and cos((1, 0), (3, 4)) = 3/5: loss = -(0.96 + 0.6) / 2 = -0.78
-    # d cos(z, p) / dp = z / (|z| |p|) - cos p / |p|^2
-    # p2: (3, 4)/25 - 0.96 (4, 3)/25 = (-0.0336, 0.0448); p1: (1, 0)/5 - 0.6 (3, 4)/25 = (0.128, -0.096); each times -1/2
+    # d cos(z, p) / dp = z / (|z| |p|) - cos p / |p|^2, each times -1/2:
+    # p2: (3, 4)/25 - 0.96 (4, 3)/25 = (-0.0336, 0.0448); p1: (1, 0)/5 - 0.6 (3, 4)/25 = (0.128, -0.096)
     z1, z2, p1, p2 = tensor([3.0, 4.0]), tensor([1.0, 0.0]), tensor([3.0, 4.0]), tensor([4.0, 3.0])
     loss = simsiam_loss(z1, z2, p1, p2)
     loss.backward()
@@ -185,10 +185,12 @@ def test_frozen_layers_stay_in_eval_mode():
 
 # --- GAE -------------------------------------------------------------------------------------------------------------
 def test_gae_by_hand():
-    # gamma = lambda = 1/2, so gamma lambda = 1/4. Five copies with the same numbers; step 2 only resets where step 1 ended.
+    # gamma = lambda = 1/2, so gamma lambda = 1/4. Five copies with the same numbers; step 2 only resets where step 1
+    # ended an episode.
     #   delta_0 = 1 + 2/2 - 1 = 1        delta_1 = 4 + 3/2 - 2 = 3.5, terminated: 4 - 2 = 2
     #   delta_2 = 0 + 4/2 - 3 = -1       delta_3 = 3 + 5/2 - 4 = 1.5, terminated: 3 - 4 = -1
-    # goes on:           A3 = 1.5, A2 = -1 + 1.5/4 = -0.625, A1 = 3.5 - 0.625/4 = 3.34375, A0 = 1 + 3.34375/4 = 1.8359375
+    # goes on:           A3 = 1.5, A2 = -1 + 1.5/4 = -0.625, A1 = 3.5 - 0.625/4 = 3.34375,
+    #                    A0 = 1 + 3.34375/4 = 1.8359375
     # step 1 terminated: A1 = 2, A0 = 1 + 2/4 = 1.5
     # step 1 truncated:  A1 = 3.5 (bootstraps from V = 3, and nothing of the reset follows), A0 = 1 + 3.5/4 = 1.875
     # step 3 terminated: A3 = -1, A2 = -1 - 1/4 = -1.25, A1 = 3.5 - 1.25/4 = 3.1875, A0 = 1 + 3.1875/4 = 1.796875
@@ -270,7 +272,9 @@ def test_ssl_loss_sees_its_share_of_the_minibatch(monkeypatch, ssl, fraction, ro
 
     monkeypatch.setattr(ppo_pisco, "ssl_loss", spy)
     obs = torch.randint(0, 256, (7, 1, 60, 60), dtype=torch.uint8)
-    minibatch_loss(agent, obs, torch.zeros(7, dtype=torch.int64), *torch.randn(4, 7), Args(ssl=ssl, ssl_fraction=fraction))
+    minibatch_loss(
+        agent, obs, torch.zeros(7, dtype=torch.int64), *torch.randn(4, 7), Args(ssl=ssl, ssl_fraction=fraction)
+    )
     assert seen == [(2 * rows, rows, rows)]
 
 
