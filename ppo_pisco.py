@@ -20,10 +20,12 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -334,14 +336,14 @@ class ImageEnvs:
         """
         obs, rewards, terminated, truncated, info = self.envs.step((actions + self.first_action).astype(np.int32))
         alive = ~self.was_done  # the other rows only reset
-        self.returns += np.where(alive, info.get("reward", rewards), 0.0)  # EnvPool's Atari keeps the unclipped reward
+        game = info if self.source == "envpool" else {}  # EnvPool's Atari: what clipping and lost lives hide
+        self.returns += np.where(alive, game.get("reward", rewards), 0.0)
         self.lengths += alive
-        # A lost life ends an episode for the learner, not the game: EnvPool's Atari flags the real end in info.
-        over = truncated | (info["terminated"].astype(bool) if "terminated" in info else terminated)
+        over = truncated | (game["terminated"].astype(bool) if "terminated" in game else terminated)
         self.episodes = []
         for i in np.flatnonzero(over):
-            length = int(info["elapsed_step"][i]) if "elapsed_step" in info else int(self.lengths[i])
-            success = float(info["success"][i]) if "success" in info else math.nan
+            length = int(game["elapsed_step"][i]) if "elapsed_step" in game else int(self.lengths[i])
+            success = float(info["success"][i]) if self.source == "jump" else math.nan
             self.episodes.append(
                 {"env": int(i), "return": float(self.returns[i]), "length": length, "success": success}
             )
@@ -377,7 +379,7 @@ def env_source(env_id):
         gym.spec(env_id)
         return "gymnasium"
     except (gym.error.Error, ImportError, ValueError):
-        known = ["Jump-v0", *envpool.list_all_envs(), *gym.registry]
+        known = dict.fromkeys(["Jump-v0", *envpool.list_all_envs(), *gym.registry])
         close = difflib.get_close_matches(env_id, known, n=3) or ["Jump-v0", "Pong-v5", "HealthGathering-v1"]
         raise UsageError(f"--env-id {env_id}: unknown environment; did you mean {', '.join(close)}?") from None
 
@@ -818,12 +820,15 @@ def update(agent, optimizer, rollout, next_value, args, loss_function=minibatch_
     b_columns = [column.to(device).flatten() for column in columns]  # (T * N,) each
     b_valid = rollout.valid.flatten()
     valid_inds = b_valid.nonzero().squeeze(1)
+    if not len(valid_inds):
+        return {}  # every copy was only reset
     trained = [p for p in agent.parameters() if p.requires_grad]
     frozen = list(agent.encoder.layers[: agent.encoder.frozen].parameters())
     history = []
     for _ in range(args.update_epochs):
         # Every minibatch has the same size: a few rows, drawn at random, come twice in place of the rows left out.
-        order = valid_inds[torch.randperm(len(valid_inds))].repeat(2)[: len(b_valid)].to(device)
+        order = valid_inds[torch.randperm(len(valid_inds))]
+        order = order.repeat(math.ceil(len(b_valid) / len(order)))[: len(b_valid)].to(device)
         for mb_inds in order.chunk(args.num_minibatches):
             loss, stats = loss_function(agent, b_obs[mb_inds], *(column[mb_inds] for column in b_columns), args)
             optimizer.zero_grad()
@@ -842,8 +847,8 @@ def update(agent, optimizer, rollout, next_value, args, loss_function=minibatch_
     table = torch.stack([torch.stack(list(stats.values())) for stats in history]).mean(dim=0).tolist()
     means = dict(zip(history[0], table))
     b_returns, b_values = returns.flatten()[b_valid], rollout.values.cpu().flatten()[b_valid]
-    var_y = b_returns.var()
-    means["explained_variance"] = float(1 - (b_returns - b_values).var() / var_y) if var_y > 0 else math.nan
+    var_y = b_returns.var(correction=0)
+    means["explained_variance"] = float(1 - (b_returns - b_values).var(correction=0) / var_y) if var_y > 0 else math.nan
     return means
 
 
@@ -873,6 +878,22 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
+STATE = {"agent", "optimizer", "iteration", "recent", "seconds", "torch_rng"}  # what every checkpoint holds
+
+
+@contextlib.contextmanager
+def interrupt_later():
+    """Puts Ctrl-C off to the end of the block: cut short, TensorBoard's writer can hang and torch.save fails."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 class RunFolder:
     """runs/<env>__<exp>__<seed>__<time>/: args.json, metrics.csv, TensorBoard events, checkpoint.pt and the one before
     it, model.safetensors, encoder.safetensors and the evaluation's files."""
@@ -888,10 +909,14 @@ class RunFolder:
             while path.exists():  # another run of this second
                 path = path.with_name(path.name + "_")
             path.mkdir(parents=True)
+        except OSError as error:
+            raise UsageError(f"--runs-dir {args.runs_dir}: can't make the run folder ({error})") from None
+        try:
             saved = {key: value for key, value in asdict(args).items() if key != "resume"}
             write_atomically(path / "args.json", lambda file: file.write(json.dumps(saved, indent=2).encode()))
         except OSError as error:
-            raise UsageError(f"--runs-dir {args.runs_dir}: can't make the run folder ({error})") from None
+            shutil.rmtree(path, ignore_errors=True)
+            raise UsageError(f"--runs-dir {args.runs_dir}: can't write to the run folder ({error})") from None
         return cls(path)
 
     def save_checkpoint(self, state):
@@ -901,18 +926,24 @@ class RunFolder:
             previous = self.path / "checkpoint.previous.pt"
             previous.unlink(missing_ok=True)
             os.link(path, previous)
-        write_atomically(path, lambda file: torch.save(state, file))
+        buffer = io.BytesIO()  # torch.save hides a full disk's OSError behind a RuntimeError
+        torch.save(state, buffer)
+        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
     def load_checkpoint(self, device):
         """The newest whole checkpoint, or None before the first one. Never unpickles code (weights_only)."""
         broken = None
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
             try:
-                return torch.load(self.path / name, map_location=device, weights_only=True)
+                state = torch.load(self.path / name, map_location=device, weights_only=True)
+                if not isinstance(state, dict) or not STATE <= state.keys():
+                    raise ValueError("not a checkpoint of this script")
+                return state
             except FileNotFoundError:
                 continue
             except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
-                broken = broken or f"{self.path / name} is damaged ({str(error).splitlines()[0]})"
+                reason = str(error).partition(". ")[0] or type(error).__name__
+                broken = broken or f"{self.path / name} is damaged ({reason})"
         if broken:
             raise UsageError(f"--resume: {broken} and there is no other checkpoint; start the run anew")
         return None
@@ -923,9 +954,11 @@ class RunFolder:
         if path.exists():
             with open(path, newline="") as file:
                 # A row cut short by a kill has no last column.
-                kept = [
-                    r for r in csv.DictReader(file) if None not in r.values() and int(r["global_step"]) <= global_step
-                ]
+                try:
+                    rows = [row for row in csv.DictReader(file) if None not in row.values()]
+                    kept = [row for row in rows if int(row["global_step"]) <= global_step]
+                except (KeyError, ValueError, TypeError, csv.Error):
+                    raise UsageError(f"--resume {self.path}: metrics.csv is damaged; move it away") from None
         text = io.StringIO()
         writer = csv.DictWriter(text, METRICS)
         writer.writeheader()
@@ -1070,6 +1103,10 @@ def write_gif(path, frames, upside_down, scale=2):
 # ---------------------------------------------------------------------------------------------------------------------
 def check_args(args):
     """Raises UsageError for values that no run can have, before anything is made or written."""
+    for field in fields(Args):  # the command line is checked by tyro, an edited args.json is not
+        value, default = getattr(args, field.name), field.default
+        if default is not None and not isinstance(value, type(default)) and value != "all":
+            raise UsageError(f"--{field.name.replace('_', '-')} {value!r}: must be {type(default).__name__}")
     sizes = "num_envs num_steps num_minibatches update_epochs feature_dim projector_dim"
     for name in f"{sizes} checkpoint_interval eval_episodes learning_rate ssl_fraction".split():
         if not getattr(args, name) > 0:
@@ -1080,6 +1117,13 @@ def check_args(args):
     for name in "gamma gae_lambda curl_tau ssl_fraction".split():
         if not 0 <= getattr(args, name) <= 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0..1")
+    for name in "learning_rate reward_scale jump_reward clip_coef".split():
+        if not math.isfinite(getattr(args, name)):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite")
+    if not args.clip_coef >= 0:
+        raise UsageError(f"--clip-coef {args.clip_coef}: must not be negative")
+    if args.seed > 2**30:
+        raise UsageError(f"--seed {args.seed}: must be at most {2**30}")
     if not 0 < args.jump_prior < 1:
         raise UsageError(f"--jump-prior {args.jump_prior}: must lie between 0 and 1")
     batch_size = args.num_envs * args.num_steps
@@ -1137,18 +1181,20 @@ def parse_args(argv=None):
     return saved
 
 
-def make_agent(args, envs, device):
-    """The agent, its encoder loaded and frozen as asked for, and a text that says so. Raises UsageError."""
+def make_agent(args, envs, device, resuming=False):
+    """The agent, its encoder loaded and frozen as asked for, and a text that says so. Raises UsageError.
+
+    When `resuming`, the weights are left to the checkpoint."""
     agent = Agent(args, envs.obs_shape, envs.num_actions)
-    encoder, path = agent.encoder, weights_path(args)
+    encoder, path = agent.encoder, None if resuming else weights_path(args)
     count = len(encoder.layers) if args.freeze_layers == "all" else args.freeze_layers
     if not 0 <= count <= len(encoder.layers):
         raise UsageError(f"--freeze-layers {count}: the {args.encoder} encoder has layers 0..{len(encoder.layers)}")
-    if path is None and count and not args.freeze_random:
+    if path is None and count and not args.freeze_random and not resuming:
         raise UsageError(
             f"--freeze-layers {count}: the encoder's weights are random; give --encoder-weights, or --freeze-random"
         )
-    origin = "random weights"
+    origin = "weights of the checkpoint" if resuming else "random weights"
     if path is not None:
         metadata = load_encoder(path, encoder, args.encoder, envs.obs_shape)
         origin = f"{path}, {metadata.get('objective')} on {metadata.get('environment')} {metadata.get('tasks', '')}"
@@ -1200,12 +1246,14 @@ def restore(state, agent, optimizer, envs):
     return envs.reset()
 
 
-def check_finite(losses, folder):
-    """Raises UsageError for losses or gradients that are NaN or infinite, before they reach a checkpoint."""
+@torch.no_grad()
+def check_finite(losses, agent, next_obs, folder):
+    """Raises UsageError for losses, gradients or a new policy that are not finite, before they reach a checkpoint."""
     bad = [name for name, value in losses.items() if not math.isfinite(value) and name != "explained_variance"]
+    bad += [] if agent(next_obs)[0].isfinite().all() else ["the policy"]
     if bad:
         raise UsageError(
-            f"{bad[0]} is not finite; the last good checkpoint is kept in {folder.path}; "
+            f"{bad[0]} is not finite; the last good checkpoint, if any, is kept in {folder.path}; "
             "try a smaller --learning-rate, --ssl-coef or --max-grad-norm"
         )
 
@@ -1232,16 +1280,23 @@ def train(args):
     state = RunFolder(args.resume).load_checkpoint(device) if args.resume else None
     start, recent, seconds = (state["iteration"], state["recent"], state["seconds"]) if state else (0, [], 0.0)
     recent = deque(recent, maxlen=100)  # the latest finished episodes
+    one = ImageEnvs(args, 1, args.seed)  # its image's shape tells whether there is memory for all
+    rollout = allocate(args, one.obs_shape, device)
+    one.close()
     # EnvPool and Gymnasium begin fresh episodes when resumed: not the first ones once more.
     envs = ImageEnvs(args, args.num_envs, args.seed + 7919 * start)
-    agent, description = make_agent(args, envs, device)
+    agent, description = make_agent(args, envs, device, state is not None)
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate, eps=1e-5)
-    rollout = allocate(args, envs.obs_shape, device)
     loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
 
     folder = RunFolder(args.resume) if args.resume else RunFolder.create(args)
     print(description, f"run folder: {folder.path}", sep="\n", flush=True)
-    next_obs = to_device(restore(state, agent, optimizer, envs) if state else envs.reset(), device)
+    try:
+        next_obs = to_device(restore(state, agent, optimizer, envs) if state else envs.reset(), device)
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        if not state:
+            raise
+        raise UsageError(f"--resume {args.resume}: the checkpoint does not belong to args.json") from None
     folder.open_logs(args, start * batch_size)
     bar = tqdm(
         initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True, file=sys.stdout,
@@ -1255,7 +1310,7 @@ def train(args):
                 optimizer.param_groups[0]["lr"] = (1.0 - (iteration - 1.0) / num_iterations) * args.learning_rate
             next_obs, next_value, episodes = collect_rollout(agent, envs, rollout, next_obs, args)
             losses = update(agent, optimizer, rollout, next_value, args, loss_function)
-            check_finite(losses, folder)
+            check_finite(losses, agent, next_obs, folder)
             recent.extend(episodes)
             seconds += time.perf_counter() - began
 
@@ -1268,9 +1323,10 @@ def train(args):
                 and global_step // args.eval_interval > (global_step - batch_size) // args.eval_interval
             ):
                 row |= evaluate(agent, args, device, global_step, folder.path)
-            folder.log(row)
-            if last or iteration % args.checkpoint_interval == 0:
-                folder.save_checkpoint(training_state(agent, optimizer, envs, iteration, recent, seconds))
+            with interrupt_later():
+                folder.log(row)
+                if last or iteration % args.checkpoint_interval == 0:
+                    folder.save_checkpoint(training_state(agent, optimizer, envs, iteration, recent, seconds))
             shown = {"return": row["charts/episodic_return"], "success": row["charts/success"]}
             bar.set_postfix(
                 {name: f"{value:.2f}" for name, value in shown.items() if not math.isnan(value)}, refresh=False
