@@ -78,7 +78,7 @@ class Args:
     """write a GIF of greedy episodes at every evaluation"""
     checkpoint_interval: int = 10
     """iterations between two checkpoints"""
-    eval_interval: int = 20_480
+    eval_interval: int = 10_240
     """environment steps between two evaluations; there is always one at the end (0: only that one)"""
     eval_episodes: int = 10
     """episodes per evaluation and policy (greedy, sampled); Jump-v0 plays every task once instead"""
@@ -162,10 +162,11 @@ class Args:
 # Environments: MSR Jump here, everything else from EnvPool or Gymnasium
 # ---------------------------------------------------------------------------------------------------------------------
 JUMP_GRID = [(x, y) for x in range(20, 46) for y in range(10, 21)]  # 286 tasks (obstacle, floor) of Agarwal et al. 2021
-JUMP_LATTICE = [(x, y) for x in range(20, 45, 4) for y in (10, 14, 18)]  # four pixels: the first convolution's stride
+# Source and target swap the floors. Both lie on a lattice of 8 pixels in x and y, the stride of nature's two bottom
+# layers together: what these layers see of a target task is what they saw of a source task, at another place.
 JUMP_TASK_SETS = {
-    "source": [(x, y) for x, y in JUMP_LATTICE if (x + y) % 8 == 6],  # one colour of a checkerboard, 11 tasks
-    "target": [(x, y) for x, y in JUMP_LATTICE if (x + y) % 8 == 2],  # the other one, 10 tasks
+    "source": [(x, 10) for x in (20, 28, 36, 44)] + [(x, 18) for x in (24, 32, 40)],
+    "target": [(x, 18) for x in (20, 28, 36, 44)] + [(x, 10) for x in (24, 32, 40)],
     "wide": [(x, y) for x in range(20, 46, 5) for y in (10, 15, 20)],
     "narrow": [(x, y) for x in range(28, 39, 2) for y in (13, 15, 17)],
     "random": [JUMP_GRID[i] for i in np.random.RandomState(0).choice(286, 18, replace=False)],  # always the same 18
