@@ -148,7 +148,7 @@ class Args:
     """clipping of the policy ratio and, with --clip-vloss, of the value"""
     clip_vloss: bool = True
     """clip the value loss"""
-    ent_coef: float = 0.003
+    ent_coef: float = 0.01
     """coefficient of the entropy bonus"""
     vf_coef: float = 0.5
     """coefficient of the value loss"""

@@ -623,3 +623,21 @@ def test_envpool_takes_the_seed():
 
     np.testing.assert_array_equal(images(1), images(1))
     assert not np.array_equal(images(1), images(2))
+
+
+def test_procgen_runs_or_the_missing_package_is_named(tmp_path, capsys):
+    import envpool
+
+    try:
+        envpool.make_spec("CoinrunEasy-v0")
+        installed = True
+    except ImportError:
+        installed = False
+    code = ppo_pisco.main(command(tmp_path, "--env-id CoinrunEasy-v0"))
+    if installed:
+        assert code == 0
+        (folder,) = tmp_path.iterdir()
+        assert len(finite_losses(folder)) == 4
+    else:
+        assert code == 2
+        assert "Qt" in capsys.readouterr().err
