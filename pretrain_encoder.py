@@ -83,17 +83,8 @@ def train(args, further):
         command, pattern = ["--resume", args.resume], None
     else:
         name = f"pretrain-{os.getpid()}"  # a name of its own, to find the run folder again
-        command = [
-            "--exp-name",
-            name,
-            "--encoder-weights",
-            "none",
-            "--freeze-layers",
-            "0",
-            "--ssl",
-            "none",
-            "--anneal-lr",
-        ]
+        command = ["--exp-name", name, "--encoder-weights", "none", "--freeze-layers", "0", "--ssl", "none"]
+        command += ["--anneal-lr", "--ent-coef", "0.003"]  # there is time to settle on a nearly deterministic policy
         for flag in ("env_id", "jump_tasks", "encoder", "total_timesteps", "seed", "runs_dir"):
             command += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
         pattern = f"*__{name}__{args.seed}__*"
