@@ -124,7 +124,7 @@ class Args:
     """curl: step of the key encoder's moving average, once per update"""
 
     # PPO
-    total_timesteps: int = 102_400
+    total_timesteps: int = 153_600
     """environment steps of the whole run"""
     learning_rate: float = 1e-3
     """learning rate of Adam"""
