@@ -110,13 +110,13 @@ class Args:
     # PiSCO and its alternatives
     ssl: Literal["pisco", "simsiam", "curl", "consistency", "none"] = "pisco"
     """self-supervised loss on two augmented views"""
-    ssl_coef: float = 0.5
+    ssl_coef: float = 0.1
     """weight lambda of the self-supervised loss"""
     ssl_fraction: float = 0.5
     """share of every minibatch on which the self-supervised loss is computed"""
     augmentation: Literal["shift", "noise"] = "shift"
     """random augmentation A that makes the views"""
-    shift_pixels: int = 8
+    shift_pixels: int = 4
     """largest shift in pixels, in each direction"""
     projector_dim: int = 256
     """hidden width of the projector h (pisco, simsiam)"""
@@ -124,7 +124,7 @@ class Args:
     """curl: step of the key encoder's moving average, once per update"""
 
     # PPO
-    total_timesteps: int = 153_600
+    total_timesteps: int = 102_400
     """environment steps of the whole run"""
     learning_rate: float = 1e-3
     """learning rate of Adam"""
