@@ -791,14 +791,15 @@ def collect_rollout(agent, envs, rollout, next_obs, args):
 def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, values, args):
     """L = L_RL + lambda L_ssl on one minibatch: obs (B, C, H, W) uint8, all else (B,) -> loss and statistics."""
     b = math.ceil(args.ssl_fraction * len(obs)) if args.ssl != "none" else 0  # rows of the self-supervised loss
-    views = torch.cat([augment(obs[:b], args.augmentation, args.shift_pixels) for _ in range(2 * (b > 0))] or [obs[:0]])
-    z, z1, z2 = agent.encoder(torch.cat([obs, views])).split([len(obs), b, b])
+    views = [augment(obs[:b], args.augmentation, args.shift_pixels) for _ in range(2)] if b else []
+    inputs = torch.cat([obs, *views])  # (B + 2b, C, H, W) uint8
+    z, z1, z2 = agent.encoder(inputs).split([len(obs), b, b])
     loss, stats = ppo_loss(
         agent.actor(z), agent.critic(z).squeeze(-1), actions, logprobs, advantages, returns, values, args
     )
     stats["dead_features"] = (z == 0).all(dim=0).float().mean()
     if args.ssl != "none":
-        stats[args.ssl], stats["view_agreement"] = ssl_loss(agent, views, z1, z2, args.ssl)
+        stats[args.ssl], stats["view_agreement"] = ssl_loss(agent, inputs[len(obs) :], z1, z2, args.ssl)
         loss = loss + args.ssl_coef * stats[args.ssl]
     return loss, {name: value.detach() for name, value in stats.items()}
 
