@@ -44,9 +44,14 @@ class Args:
     """run nothing, draw what is there"""
 
 
+def kept(method):
+    """The folder of a method's kept runs, one folder a seed in it."""
+    return RESULTS / method.replace(" ", "_")
+
+
 def run(method, seed):
     """One run as a program; its metrics and manifest go to the results folder. Skips a finished run."""
-    folder = RESULTS / method.replace(" ", "_") / str(seed)
+    folder = kept(method) / str(seed)
     if (folder / "manifest.json").exists():
         return
     command = ["python", "ppo_pisco.py", *METHODS[method], "--seed", str(seed)]
@@ -73,7 +78,7 @@ def run(method, seed):
 
 def curve(method, seed):
     """Steps and greedy target success of one kept run, (evaluations,) each."""
-    with open(RESULTS / method.replace(" ", "_") / str(seed) / "metrics.csv", newline="") as file:
+    with open(kept(method) / str(seed) / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["eval/greedy_success"]]
     return np.array([[int(r["global_step"]), float(r["eval/greedy_success"])] for r in rows]).T
 
@@ -83,14 +88,14 @@ def draw(figures):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     print("| method | n | final target success: mean | each seed | minutes |\n|---|---|---|---|---|")
     for method in METHODS:
-        seeds = sorted(int(path.name) for path in (RESULTS / method.replace(" ", "_")).glob("*"))
+        seeds = sorted(int(path.name) for path in kept(method).glob("*"))
         curves = [curve(method, seed) for seed in seeds]
         for steps, success in curves:
             axes.plot(steps, success, color=COLOURS[method], alpha=0.25, linewidth=1)
         mean = np.mean([success for _, success in curves], axis=0)
         axes.plot(curves[0][0], mean, color=COLOURS[method], linewidth=2.5, label=f"{method} (n = {len(seeds)})")
         final = [success[-1] for _, success in curves]
-        manifests = [RESULTS / method.replace(" ", "_") / str(seed) / "manifest.json" for seed in seeds]
+        manifests = [kept(method) / str(seed) / "manifest.json" for seed in seeds]
         minutes = np.mean([json.loads(path.read_text())["wall_seconds"] for path in manifests]) / 60
         each = ", ".join(f"{value:.2f}" for value in final)
         print(f"| {method} | {len(seeds)} | {np.mean(final):.2f} | {each} | {minutes:.1f} |")
