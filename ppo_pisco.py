@@ -13,6 +13,7 @@ main. It needs no other file of this repository but the encoder weights, a `.saf
 
 import contextlib
 import csv
+import ctypes
 import difflib
 import io
 import json
@@ -26,8 +27,9 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -623,14 +625,16 @@ def save_encoder(path, encoder, args, obs_shape, global_step):
 def random_shift(images, pixels):
     """Shifts each image by its own random whole number of pixels, -pixels..pixels in both axes, replicating the border.
 
-    images (B, C, H, W), any dtype -> the same shape and dtype. The shift of DrQ (Kostrikov et al. 2021), by index.
+    images (B, C, H, W), any dtype -> the same, channels last in memory. The shift of DrQ (Kostrikov et al. 2021).
     """
     b, c, h, w = images.shape
     dy, dx = torch.randint(-pixels, pixels + 1, (2, b, 1), device=images.device)  # (B, 1) int64 each
     rows = (torch.arange(h, device=images.device) + dy).clamp_(0, h - 1)  # (B, H): clamping the index replicates
-    cols = (torch.arange(w, device=images.device) + dx).clamp_(0, w - 1)  # (B, W)
-    index = (rows[:, :, None] * w + cols[:, None, :]).view(b, 1, h * w).expand(b, c, h * w)
-    return images.reshape(b, c, h * w).gather(2, index).view(b, c, h, w)
+    left, middle, right = (x.permute(0, 2, 3, 1) for x in (images[..., :1], images, images[..., -1:]))
+    wide = torch.cat([left.expand(-1, -1, pixels, -1), middle, right.expand(-1, -1, pixels, -1)], 2)  # (B, H, W+2P, C)
+    windows = wide.flatten(2).unfold(2, w * c, c)  # (B, H, 2P+1, W*C): a view, so that whole rows are copied at once
+    shifted = windows[torch.arange(b, device=images.device)[:, None], rows, dx + pixels]  # (B, H, W*C)
+    return shifted.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def random_noise(images, std=12.75):
@@ -690,7 +694,7 @@ def compute_gae(rewards, values, next_value, terminated, truncated, gamma, gae_l
 
 
 def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args):
-    """Clipped PPO loss (Schulman et al. 2017, eq. 9) as in CleanRL: logits (B, A), the rest (B,) -> loss, statistics."""
+    """Clipped PPO loss (Schulman et al. 2017, eq. 9) as in CleanRL: logits (B, A), the rest (B,) -> loss, stats."""
     log_probs = F.log_softmax(logits, dim=-1)
     newlogprob = log_probs.gather(1, actions[:, None]).squeeze(1)
     logratio = newlogprob - logprobs
@@ -737,7 +741,7 @@ def ssl_loss(agent, views, z1, z2, kind):
 class Rollout:
     """T steps of N copies. `valid` is False where a step only reset its copy; those rows are not trained on."""
 
-    obs: torch.Tensor  # (T, N, C, H, W) uint8
+    obs: torch.Tensor  # (T, N, C, H, W) uint8, channels last in memory
     actions: torch.Tensor  # (T, N) int64
     logprobs: torch.Tensor  # (T, N) float32
     values: torch.Tensor  # (T, N) float32
@@ -748,14 +752,12 @@ class Rollout:
 
     @classmethod
     def empty(cls, num_steps, num_envs, obs_shape, device):
-        def zeros(dtype, where, *shape):
-            return torch.zeros((num_steps, num_envs, *shape), dtype=dtype, device=where)
-
-        return cls(
-            zeros(torch.uint8, device, *obs_shape), zeros(torch.int64, device), zeros(torch.float32, device),
-            zeros(torch.float32, device), zeros(torch.float32, "cpu"), zeros(torch.bool, "cpu"),
-            zeros(torch.bool, "cpu"), zeros(torch.bool, "cpu"),
-        )  # fmt: skip
+        c, h, w = obs_shape
+        images = torch.zeros((num_steps, num_envs, h, w, c), dtype=torch.uint8, device=device)
+        dtypes = [torch.int64, torch.float32, torch.float32, torch.float32, torch.bool, torch.bool, torch.bool]
+        devices = [device] * 3 + ["cpu"] * 4
+        columns = (torch.zeros((num_steps, num_envs), dtype=t, device=d) for t, d in zip(dtypes, devices))
+        return cls(images.permute(0, 1, 4, 2, 3), *columns)
 
 
 def to_device(obs, device):
@@ -817,7 +819,7 @@ def update(agent, optimizer, rollout, next_value, args, loss_function=minibatch_
         rollout.rewards, rollout.values.cpu(), next_value.cpu(), rollout.terminated, rollout.truncated,
         args.gamma, args.gae_lambda,
     )  # fmt: skip
-    b_obs = rollout.obs.flatten(0, 1)  # (T * N, C, H, W) uint8
+    b_obs = rollout.obs.permute(0, 1, 3, 4, 2).flatten(0, 1)  # (T * N, H, W, C) uint8, a view
     columns = (rollout.actions, rollout.logprobs, advantages, returns, rollout.values)
     b_columns = [column.to(device).flatten() for column in columns]  # (T * N,) each
     b_valid = rollout.valid.flatten()
@@ -832,7 +834,8 @@ def update(agent, optimizer, rollout, next_value, args, loss_function=minibatch_
         order = valid_inds[torch.randperm(len(valid_inds))]
         order = order.repeat(math.ceil(len(b_valid) / len(order)))[: len(b_valid)].to(device)
         for mb_inds in order.chunk(args.num_minibatches):
-            loss, stats = loss_function(agent, b_obs[mb_inds], *(column[mb_inds] for column in b_columns), args)
+            mb_obs = b_obs.index_select(0, mb_inds).permute(0, 3, 1, 2)  # (B, C, H, W), whole images copied at once
+            loss, stats = loss_function(agent, mb_obs, *(column[mb_inds] for column in b_columns), args)
             optimizer.zero_grad()
             loss.backward()
             stats["grad_norm_trained"] = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
@@ -989,6 +992,12 @@ class RunFolder:
             if key != "global_step":
                 self.tensorboard.add_scalar(key, value, row["global_step"])
 
+    def export(self, agent, args, obs_shape, global_step):
+        """Writes model.safetensors, all networks, and encoder.safetensors, the weights for another run."""
+        tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
+        write_atomically(self.path / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+        save_encoder(self.path / "encoder.safetensors", agent.encoder, args, obs_shape, global_step)
+
     def __enter__(self):
         return self
 
@@ -1103,37 +1112,39 @@ def write_gif(path, frames, upside_down, scale=2):
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
+def has_type(value, kind):
+    """Whether `value` has the annotated type `kind`: a class, a Literal or a union of these."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(has_type(value, one) for one in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+LIMITS = [
+    ("be positive", lambda x: x > 0, "num_envs num_steps num_minibatches update_epochs feature_dim projector_dim "
+     "checkpoint_interval eval_episodes learning_rate ssl_fraction"),
+    ("not be negative", lambda x: x >= 0, "seed torch_threads eval_interval ssl_coef shift_pixels ent_coef vf_coef "
+     "max_grad_norm clip_coef"),
+    ("lie in 0..1", lambda x: 0 <= x <= 1, "gamma gae_lambda curl_tau ssl_fraction"),
+    ("lie between 0 and 1", lambda x: 0 < x < 1, "jump_prior"),
+    ("be finite", math.isfinite, "learning_rate reward_scale jump_reward clip_coef"),
+    ("be at most 2**30", lambda x: x <= 2**30, "seed"),
+]  # fmt: skip
+
+
 def check_args(args):
     """Raises UsageError for values that no run can have, before anything is made or written."""
-    for field in fields(Args):  # the command line is checked by tyro, an edited args.json is not
-        value, default = getattr(args, field.name), field.default
-        if default is not None and not isinstance(value, type(default)) and value != "all":
-            raise UsageError(f"--{field.name.replace('_', '-')} {value!r}: must be {type(default).__name__}")
-    sizes = "num_envs num_steps num_minibatches update_epochs feature_dim projector_dim"
-    for name in f"{sizes} checkpoint_interval eval_episodes learning_rate ssl_fraction".split():
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    for name in "seed torch_threads eval_interval ssl_coef shift_pixels ent_coef vf_coef max_grad_norm".split():
-        if not getattr(args, name) >= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    for name in "gamma gae_lambda curl_tau ssl_fraction".split():
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0..1")
-    for name in "learning_rate reward_scale jump_reward clip_coef".split():
-        if not math.isfinite(getattr(args, name)):
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite")
-    if not args.clip_coef >= 0:
-        raise UsageError(f"--clip-coef {args.clip_coef}: must not be negative")
-    if args.seed > 2**30:
-        raise UsageError(f"--seed {args.seed}: must be at most {2**30}")
-    if not 0 < args.jump_prior < 1:
-        raise UsageError(f"--jump-prior {args.jump_prior}: must lie between 0 and 1")
+    rules = [(f"be {field.type}", partial(has_type, kind=field.type), field.name) for field in fields(Args)]
+    for rule, possible, names in rules + LIMITS:  # tyro checks types on the command line, nobody those of args.json
+        for name in names.split():
+            if not possible(getattr(args, name)):
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)!r}: must {rule}")
     batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches:
-        raise UsageError(f"--num-minibatches {args.num_minibatches}: must divide num_envs * num_steps = {batch_size}")
-    if batch_size // args.num_minibatches < 2:
+    if batch_size % args.num_minibatches or batch_size < 2 * args.num_minibatches:
         raise UsageError(
-            f"--num-minibatches {args.num_minibatches}: leaves fewer than two of {batch_size} rows to each"
+            f"--num-minibatches {args.num_minibatches}: must divide num_envs * num_steps = {batch_size} and leave at "
+            "least two rows to each minibatch"
         )
     if args.total_timesteps < batch_size:
         raise UsageError(
@@ -1214,36 +1225,36 @@ def training_state(agent, optimizer, envs, iteration, recent, seconds):
         "recent": list(recent), "seconds": seconds, "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
     }  # fmt: skip
-    if envs.source == "jump":
-        state["envs"] = envs.get_state()
-    return state
+    return state | ({"envs": envs.get_state()} if envs.source == "jump" else {})
 
 
-def allocate(args, obs_shape, device):
+def allocate(args, device):
     """The rollout's storage. Raises UsageError where it can't fit into memory."""
-    size = args.num_steps * args.num_envs * math.prod(obs_shape)
-    memory = (
-        torch.cuda.mem_get_info()[1]
-        if device.type == "cuda"
-        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
+    one = ImageEnvs(args, 1, args.seed)  # its image's shape tells whether there is memory for all
+    one.close()
+    size = args.num_steps * args.num_envs * math.prod(one.obs_shape)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
     if size > 0.8 * memory:
         raise UsageError(
             f"--num-steps {args.num_steps} --num-envs {args.num_envs}: the rollout takes {size / 2**30:.1f} GiB "
             f"of {memory / 2**30:.1f} GiB; choose smaller numbers"
         )
-    return Rollout.empty(args.num_steps, args.num_envs, obs_shape, device)
+    return Rollout.empty(args.num_steps, args.num_envs, one.obs_shape, device)
 
 
-def restore(state, agent, optimizer, envs):
-    """Puts a checkpoint's state back. Returns the observation to go on from."""
-    agent.load_state_dict(state["agent"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["torch_rng"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-    if "envs" in state:
-        return envs.set_state(state["envs"])
+def restore(state, agent, optimizer, envs, args):
+    """Puts a checkpoint's state back. Returns the observation to go on from. Raises UsageError if it doesn't fit."""
+    try:
+        agent.load_state_dict(state["agent"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"].cpu())
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+        if "envs" in state:
+            return envs.set_state(state["envs"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"--resume {args.resume}: the checkpoint does not belong to args.json") from None
     print("this environment can't save its state: fresh episodes from here, unlike in an uninterrupted run")
     return envs.reset()
 
@@ -1266,45 +1277,57 @@ def episode_means(episodes):
     return {name: float(np.mean([e[key] for e in episodes])) if episodes else math.nan for name, key in columns.items()}
 
 
-def train(args):
-    """One whole run. Returns its folder. Raises UsageError for bad arguments, OSError where a file can't be written."""
-    check_args(args)
+def keep_memory():
+    """Makes glibc keep freed memory for the next tensor: to map and zero new pages costs up to a third of the time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(parameter, value)
+
+
+def set_up(args):
+    """Seeds, threads and memory of this process. Returns the device."""
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    keep_memory()
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def progress_bar(initial, total):
+    """A bar over environment steps with speed and ETA; a line every half minute where the output is no terminal."""
+    interval = 0.5 if sys.stdout.isatty() else 30  # seconds
+    return tqdm(
+        initial=initial, total=total, unit="step", unit_scale=True, file=sys.stdout, mininterval=interval,
+        dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def train(args):
+    """One whole run. Returns its folder. Raises UsageError for bad arguments, OSError where a file can't be written."""
+    check_args(args)
+    device = set_up(args)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-
     state = RunFolder(args.resume).load_checkpoint(device) if args.resume else None
     start, recent, seconds = (state["iteration"], state["recent"], state["seconds"]) if state else (0, [], 0.0)
     recent = deque(recent, maxlen=100)  # the latest finished episodes
-    one = ImageEnvs(args, 1, args.seed)  # its image's shape tells whether there is memory for all
-    rollout = allocate(args, one.obs_shape, device)
-    one.close()
+    rollout = allocate(args, device)
     # EnvPool and Gymnasium begin fresh episodes when resumed: not the first ones once more.
     envs = ImageEnvs(args, args.num_envs, args.seed + 7919 * start)
     agent, description = make_agent(args, envs, device, state is not None)
-    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], lr=args.learning_rate, eps=1e-5)
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=True)
     loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
 
     folder = RunFolder(args.resume) if args.resume else RunFolder.create(args)
     print(description, f"run folder: {folder.path}", sep="\n", flush=True)
-    try:
-        next_obs = to_device(restore(state, agent, optimizer, envs) if state else envs.reset(), device)
-    except (RuntimeError, ValueError, KeyError, TypeError):
-        if not state:
-            raise
-        raise UsageError(f"--resume {args.resume}: the checkpoint does not belong to args.json") from None
+    next_obs = to_device(restore(state, agent, optimizer, envs, args) if state else envs.reset(), device)
     folder.open_logs(args, start * batch_size)
-    bar = tqdm(
-        initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True, file=sys.stdout,
-        mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
-    )  # fmt: skip
-    with bar, folder:
+    with progress_bar(start * batch_size, num_iterations * batch_size) as bar, folder:
         for iteration in range(start + 1, num_iterations + 1):
             began = time.perf_counter()
             global_step, last = iteration * batch_size, iteration == num_iterations
@@ -1319,25 +1342,17 @@ def train(args):
             row = {"global_step": global_step, "charts/SPS": global_step / seconds, **episode_means(recent)}
             row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             row |= {f"losses/{name}": value for name, value in losses.items()}
-            if (
-                last
-                or args.eval_interval
-                and global_step // args.eval_interval > (global_step - batch_size) // args.eval_interval
-            ):
+            if last or args.eval_interval and global_step % args.eval_interval < batch_size:
                 row |= evaluate(agent, args, device, global_step, folder.path)
             with interrupt_later():
                 folder.log(row)
                 if last or iteration % args.checkpoint_interval == 0:
                     folder.save_checkpoint(training_state(agent, optimizer, envs, iteration, recent, seconds))
             shown = {"return": row["charts/episodic_return"], "success": row["charts/success"]}
-            bar.set_postfix(
-                {name: f"{value:.2f}" for name, value in shown.items() if not math.isnan(value)}, refresh=False
-            )
+            bar.set_postfix({name: f"{x:.2f}" for name, x in shown.items() if not math.isnan(x)}, refresh=False)
             bar.update(batch_size)
     envs.close()
-    tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
-    write_atomically(folder.path / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
-    save_encoder(folder.path / "encoder.safetensors", agent.encoder, args, envs.obs_shape, num_iterations * batch_size)
+    folder.export(agent, args, envs.obs_shape, num_iterations * batch_size)
     return folder.path
 
 

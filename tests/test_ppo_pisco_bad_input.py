@@ -292,12 +292,14 @@ def test_resume_with_damaged_arguments(stopped, capsys, text):
 
 @pytest.mark.filterwarnings("ignore:The field")
 @pytest.mark.parametrize("name, value", [("num_envs", "four"), ("num_envs", None), ("num_envs", 0), ("ssl", "bogus"),
-                                         ("num_envs", 8), ("feature_dim", 64), ("encoder", "impala")])  # fmt: skip
+                                         ("num_envs", 8), ("feature_dim", 64), ("encoder", "impala"),
+                                         ("encoder", "bogus"), ("norm_adv", 1)])  # fmt: skip
 def test_resume_with_edited_arguments(stopped, capsys, name, value):
     """Arguments of the wrong type, and others than those the checkpoint was made with."""
     saved = json.loads((stopped / "args.json").read_text())
     (stopped / "args.json").write_text(json.dumps(saved | {name: value}))
-    error_of(capsys, ["--resume", str(stopped)])
+    message = error_of(capsys, ["--resume", str(stopped)])
+    assert f"--{name.replace('_', '-')} {value!r}: must be" in message or "the checkpoint does not belong" in message
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", 1000, -1000])
