@@ -111,7 +111,7 @@ class Args:
     """self-supervised loss on two augmented views, the first of which is the critic's"""
     ssl_coef: float = 0.1
     """weight lambda of the self-supervised loss"""
-    ssl_fraction: float = 0.25
+    ssl_fraction: float = 0.2
     """share of every batch on which the self-supervised loss is computed"""
     pisco_std: float | Literal["schedule"] = 1.0
     """pisco, consistency: standard deviation of the policies compared; `schedule`: the exploration's, which makes the

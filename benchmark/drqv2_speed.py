@@ -4,7 +4,7 @@
     python benchmark/drqv2_speed.py --peer ../drqv2                     # beside the official agent, from your copy of it
     python benchmark/drqv2_speed.py --repeats 5 --output benchmark/results/drqv2_speed.csv
 
-What is compared takes turns, so that a busy machine slows all of it alike; each number is the median of the repeats.
+What is compared takes turns, so that a busy machine slows all alike; each number is the median of the repeats.
 Updates are measured on random images, rendering on random actions. The peer's own modules hydra and omegaconf, which
 its update does not use, need not be installed.
 """
@@ -159,6 +159,8 @@ def main():
         for name, (function, unit) in measured.items():
             samples[name].append(function())
             print(f"repeat {repeat + 1}: {name}: {samples[name][-1]:.4g} {unit}", flush=True)
+    if args.peer:
+        connection.send(False)
     median = {name: statistics.median(values) for name, values in samples.items()}
     rows = [(name, f"{value:.4g}", measured[name][1]) for name, value in median.items()]
     rows += [(f"{a} / {b}", f"{median[a] / median[b]:.2f}", meaning) for a, b, meaning in ratios]
