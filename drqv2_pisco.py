@@ -579,8 +579,8 @@ def info_nce_loss(queries, keys):
 
 
 def ssl_loss(agent, views, z1, z2, kind, std):
-    """The self-supervised loss `kind` on two views (2B, C, H, W) uint8 with features z1, z2 (B, D) of the actor's trunk,
-    and how far the views' actions lie apart on average."""
+    """The self-supervised loss `kind` on two views (2B, C, H, W) uint8 with features z1, z2 (B, D) of the actor's
+    trunk, and how far the views' actions lie apart on average."""
     p1, p2 = agent.projector(torch.cat([z1, z2])).chunk(2)
     with torch.no_grad():
         z1_mu, z2_mu = agent.actor.mean(torch.cat([z1, z2])).chunk(2)
@@ -711,8 +711,8 @@ def check_memory(args, env, device):
     flags = f"--replay-size {args.replay_size} --total-frames {args.total_frames}"
     if rows < 2 * slack:
         raise UsageError(
-            f"--replay-size {args.replay_size}: too small; with --checkpoint-interval {args.checkpoint_interval} it must "
-            f"be at least {2 * slack}"
+            f"--replay-size {args.replay_size}: too small; with --checkpoint-interval {args.checkpoint_interval} it "
+            f"must be at least {2 * slack}"
         )
     folder = Path(args.runs_dir).absolute()
     while not folder.exists():
@@ -822,9 +822,9 @@ def update(agent, optimizers, batch, std, args, losses=(critic_ssl_loss, actor_l
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
-    encoder = agent.encoder
-    stats["grad_norm_encoder"] = grad_norm(encoder.layers[encoder.frozen :].parameters()).to(obs.device)
-    stats["grad_norm_frozen"] = grad_norm(encoder.layers[: encoder.frozen].parameters()).to(obs.device)
+    encoder, zero = agent.encoder, torch.zeros((), device=obs.device)  # zero keeps the sums on the device
+    stats["grad_norm_encoder"] = zero + grad_norm(encoder.layers[encoder.frozen :].parameters())
+    stats["grad_norm_frozen"] = zero + grad_norm(encoder.layers[: encoder.frozen].parameters())
     optimizers[0].step()
 
     loss = losses[1](agent, maps, std, args)

@@ -1,7 +1,7 @@
 """Measure the speed of drqv2_pisco.py and print ratios from one run: updates, a peer's update, rendering.
 
-    python benchmark/drqv2_speed.py                                     # seconds per update, frames rendered per second
-    python benchmark/drqv2_speed.py --peer ../drqv2                     # beside the official agent, from your copy of it
+    python benchmark/drqv2_speed.py                   # seconds per update, frames rendered per second
+    python benchmark/drqv2_speed.py --peer ../drqv2   # beside the official agent, from your copy of it
     python benchmark/drqv2_speed.py --repeats 5 --output benchmark/results/drqv2_speed.csv
 
 What is compared takes turns, so that a busy machine slows all alike; each number is the median of the repeats.

@@ -40,7 +40,7 @@ def tensors(folder, name="model"):
 
 # --- Environment -----------------------------------------------------------------------------------------------------
 def test_environment_is_the_suites(monkeypatch):
-    """Rewards of random actions are those of the suite's own environment, action repeat summed, time limit truncated."""
+    """The rewards are those of the suite's own environment, summed over the repeats; its time limit truncates."""
     from dm_control import suite
 
     env = DMCPixels("cartpole-swingup", 32, 3, "fast")
