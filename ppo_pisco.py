@@ -776,7 +776,7 @@ def collect_rollout(agent, envs, rollout, next_obs, args):
     for step in range(args.num_steps):
         rollout.obs[step] = next_obs
         rollout.valid[step] = torch.from_numpy(~envs.was_done)
-        logits, rollout.values[step] = agent(next_obs)
+        logits, rollout.values[step] = agent(rollout.obs[step])  # channels last already
         log_probs = F.log_softmax(logits, dim=-1)
         action = torch.multinomial(log_probs.exp(), 1)  # (N, 1) int64
         rollout.actions[step] = action.squeeze(1)
@@ -828,7 +828,7 @@ def update(agent, optimizer, rollout, next_value, args, loss_function=minibatch_
         return {}  # every copy was only reset
     trained = [p for p in agent.parameters() if p.requires_grad]
     frozen = list(agent.encoder.layers[: agent.encoder.frozen].parameters())
-    history = []
+    history, zero = [], torch.zeros((), device=device)  # zero keeps a sum of nothing on the device
     for _ in range(args.update_epochs):
         # Every minibatch has the same size: a few rows, drawn at random, come twice in place of the rows left out.
         order = valid_inds[torch.randperm(len(valid_inds))]
@@ -839,7 +839,7 @@ def update(agent, optimizer, rollout, next_value, args, loss_function=minibatch_
             optimizer.zero_grad()
             loss.backward()
             stats["grad_norm_trained"] = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            stats["grad_norm_frozen"] = grad_norm(frozen).to(device)
+            stats["grad_norm_frozen"] = zero + grad_norm(frozen)
             optimizer.step()
             if args.ssl == "curl":
                 with torch.no_grad():

@@ -1,0 +1,231 @@
+"""Run a suite of benchmark/suites.py, every method with every seed, and keep the results.
+
+    pip install -r benchmark/requirements.txt
+    python benchmark/run.py dmc-small --seeds 3                  # all cores of this machine, a core per run
+    python benchmark/run.py dmc-official --cpus 3 --gpus 0.2     # five runs share a GPU
+    python benchmark/run.py dmc-small --address auto             # on a Ray cluster, this folder on all its machines
+    python benchmark/run.py dmc-small --dry-run                  # print the commands, run nothing
+
+Every run is one of the repository's programs, which Ray starts where there is room. A finished one leaves metrics.csv,
+evaluation.json and manifest.json under benchmark/results/SUITE/METHOD/SEED/ and is skipped from then on. A killed one
+goes on from its checkpoint, a failed one is tried once more and then reported. After Ctrl-C the same command goes on.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmark"))
+from suites import SUITES  # noqa: E402
+
+RESULTS = ROOT / "benchmark" / "results"
+WORK = ROOT / "benchmark" / "runs"  # unfinished runs
+KEPT = ("metrics.csv", "evaluation.json")
+PACKAGES = ("torch", "gymnasium", "envpool", "dm-control", "mujoco", "numpy")
+
+
+class UsageError(Exception):
+    """What the user asked for can't be done; the message is one line that names the flag or file and the remedy."""
+
+
+@dataclass
+class Args:
+    suite: tyro.conf.Positional[str]
+    """a suite of benchmark/suites.py"""
+    seeds: int = 3
+    """every method runs with the seeds 1..SEEDS"""
+    methods: tuple[str, ...] = ()
+    """only these methods of the suite"""
+    cpus: float = 1
+    """cores for each run"""
+    gpus: float = 0
+    """share of a GPU for each run"""
+    address: str | None = None
+    """a Ray cluster's address (default: this machine)"""
+    dry_run: bool = False
+    """print the commands and run nothing"""
+
+
+@dataclass(frozen=True)
+class Run:
+    suite: str
+    method: str
+    seed: int
+
+    @property
+    def flags(self):
+        """The program and its flags, as a list."""
+        suite = SUITES[self.suite]
+        return f"{suite['program']} {suite['methods'][self.method]} --seed {self.seed}".split()
+
+    @property
+    def command(self):
+        return " ".join(["python", *self.flags])
+
+    def folder(self, parent):
+        return parent / self.suite / self.method.replace(" ", "_") / str(self.seed)
+
+
+def choose_runs(args):
+    """The suite's runs, seed by seed, so that an interrupted suite has all methods. Raises UsageError."""
+    if args.suite not in SUITES:
+        raise UsageError(f"suite {args.suite!r}: choose one of {', '.join(SUITES)}")
+    methods = args.methods or tuple(SUITES[args.suite]["methods"])
+    unknown = [method for method in methods if method not in SUITES[args.suite]["methods"]]
+    if unknown:
+        raise UsageError(f"--methods {unknown[0]!r}: choose among {', '.join(SUITES[args.suite]['methods'])}")
+    if args.seeds < 1:
+        raise UsageError(f"--seeds {args.seeds}: must be positive")
+    if args.cpus <= 0 or args.gpus < 0:
+        raise UsageError(f"--cpus {args.cpus} --gpus {args.gpus}: a run needs cores, and no less than no GPU")
+    return [Run(args.suite, method, seed) for seed in range(1, args.seeds + 1) for method in methods]
+
+
+def is_finished(run):
+    """Whether a run's results are kept. Raises UsageError where they are another command's."""
+    path = run.folder(RESULTS) / "manifest.json"
+    if not path.exists():
+        return False
+    if json.loads(path.read_text())["command"] != run.command:
+        raise UsageError(f"{path}: made by another command than the suite's; delete the folder to run it anew")
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the machine that runs the program
+# ---------------------------------------------------------------------------------------------------------------------
+def die_with_parent():
+    """Called in the program before it starts: it gets SIGTERM when Ray's worker is gone (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def hardware():
+    """CPU, cores and GPU of this machine, as text."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    text = f"{cpu}, {os.cpu_count()} cores"
+    if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        text += ", " + subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    return text
+
+
+def execute(command, flags, work, cpus):
+    """Runs a program in the folder `work`, or goes on with the run that a kill has left there.
+
+    Returns its exit code, its kept files {name: bytes}, what is known of the machine, and the end of its output.
+    """
+    began, note = time.time(), work / "command.txt"
+    if not note.exists() or note.read_text() != command:  # a leftover of other flags
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        note.write_text(command)
+    begun = sorted(path.parent for path in work.glob("*/args.json"))
+    further = ["--resume", str(begun[-1])] if begun else [*flags[1:], "--runs-dir", str(work)]
+    with open(work / "output.txt", "ab") as output:
+        process = subprocess.run(
+            [sys.executable, flags[0], *further], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent, env=os.environ | {"OMP_NUM_THREADS": str(max(1, int(cpus)))},
+        )  # fmt: skip
+    about = {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "hardware": hardware(), "cores_per_run": cpus, "wall_seconds": round(time.time() - began, 1),
+        "resumed": bool(begun),
+    }  # fmt: skip
+    files = {}
+    if process.returncode == 0:
+        (folder,) = (path.parent for path in work.glob("*/args.json"))
+        files = {name: (folder / name).read_bytes() for name in KEPT}
+    return process.returncode, files, about, (work / "output.txt").read_text(errors="replace")[-2000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the machine that keeps the results
+# ---------------------------------------------------------------------------------------------------------------------
+def keep(run, files, about):
+    """Puts a finished run's files and its manifest into the results folder, all at once."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    manifest = {"command": run.command, "commit": commit, **about}
+    folder = run.folder(RESULTS)
+    partial = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, content in (files | {"manifest.json": json.dumps(manifest, indent=1).encode() + b"\n"}).items():
+        (partial / name).write_bytes(content)
+    os.replace(partial, folder)
+    shutil.rmtree(run.folder(WORK), ignore_errors=True)
+
+
+def run_all(runs, args):
+    """Runs what is not finished yet. Returns the runs that failed twice."""
+    import ray
+
+    ray.init(address=args.address, log_to_driver=False, include_dashboard=False)
+    remote = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)(execute)
+
+    def start(run):
+        return remote.remote(run.command, run.flags, run.folder(WORK), args.cpus)
+
+    waiting = {start(run): (run, 1) for run in runs}
+    failed = []
+    try:
+        with tqdm(total=len(runs), unit="run", file=sys.stdout) as bar:
+            while waiting:
+                done, _ = ray.wait(list(waiting), timeout=1.0)
+                bar.refresh()
+                for task in done:
+                    run, attempt = waiting.pop(task)
+                    try:
+                        code, files, about, output = ray.get(task)
+                    except ray.exceptions.RayError as error:
+                        code, output = 1, str(error)
+                    if code == 0:
+                        keep(run, files, about)
+                        bar.update()
+                    elif attempt == 1:
+                        waiting[start(run)] = (run, 2)
+                    else:
+                        failed.append(run)
+                        bar.write(f"failed twice: {run.command}\n{output}")
+    finally:
+        ray.shutdown()  # the programs end with their workers
+    return failed
+
+
+def main(argv=None):
+    """Runs the command line `argv`. Returns the exit code: 0, 1 after failed runs, 2 for bad input, 130 after Ctrl-C."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    try:
+        runs = choose_runs(args)
+        left = [run for run in runs if not is_finished(run)]
+        print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
+        if args.dry_run:
+            print("\n".join(run.command for run in left))
+            return 0
+        failed = run_all(left, args) if left else []
+    except UsageError as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("run.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
