@@ -208,7 +208,7 @@ def run_all(runs, args):
 
 
 def main(argv=None):
-    """Runs the command line `argv`. Returns the exit code: 0, 1 after failed runs, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command line `argv`. Returns the exit code: 0, 1 after failures, 2 for bad input or 130 after Ctrl-C."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     try:
         runs = choose_runs(args)

@@ -1,0 +1,118 @@
+"""The benchmark's runner, without Ray: which runs a suite has, what one leaves, how it goes on after a kill."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = """
+import json, os, pathlib, sys
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(words.get("--resume") or words["--runs-dir"] + "/run")
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "args.json").write_text("{}")
+with open(folder / "calls.txt", "a") as file:
+    file.write(json.dumps([sys.argv[1:], os.environ["OMP_NUM_THREADS"]]) + "\\n")
+print("some output")
+if "--fail" in words and "--resume" not in words:
+    sys.exit(3)
+(folder / "metrics.csv").write_text("frame\\n" + (folder / "calls.txt").read_text())
+(folder / "evaluation.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def runner(monkeypatch, tmp_path):
+    """benchmark/run.py as a module, with folders and a suite of its own."""
+    spec = importlib.util.spec_from_file_location("benchmark_run", ROOT / "benchmark" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_run", module)
+    spec.loader.exec_module(module)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    suite = {"program": f"{program} --lr 1", "methods": {"one method": "--x 2", "failing": "--fail 1"}}
+    monkeypatch.setitem(module.SUITES, "tiny", suite)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    return module
+
+
+def execute(runner, run, cpus=2):
+    return runner.execute(run.command, run.flags, run.folder(runner.WORK), cpus)
+
+
+def test_every_suite_names_flags_that_its_program_knows(runner):
+    import drqv2_pisco
+    import ppo_pisco
+
+    for name, suite in runner.SUITES.items():
+        if name == "tiny":
+            continue
+        for method in suite["methods"]:
+            program, *flags = runner.Run(name, method, 1).flags
+            module = {"ppo_pisco.py": ppo_pisco, "drqv2_pisco.py": drqv2_pisco}[program]
+            module.check_args(module.parse_args(flags))
+
+
+def test_runs_go_seed_by_seed(runner, capsys):
+    args = runner.Args(suite="tiny", seeds=2)
+    runs = runner.choose_runs(args)
+    assert [(run.method, run.seed) for run in runs] == [
+        ("one method", 1), ("failing", 1), ("one method", 2), ("failing", 2)
+    ]  # fmt: skip
+    assert runs[0].command.startswith("python /") and runs[0].command.endswith("program.py --lr 1 --x 2 --seed 1")
+    assert runner.main(["tiny", "--seeds", "1", "--methods", "failing", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny: 1 runs, 0 of them finished" and lines[1].endswith("--lr 1 --fail 1 --seed 1")
+
+
+@pytest.mark.parametrize("flags", ["bogus", "tiny --methods bogus", "tiny --seeds 0", "tiny --cpus 0", "tiny --gpus -1"])
+def test_bad_input(runner, capsys, flags):
+    assert runner.main(flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("run.py: error: ")
+
+
+def test_finished_run_is_kept_and_skipped(runner, capsys):
+    run = runner.Run("tiny", "one method", 1)
+    assert not runner.is_finished(run)
+    code, files, about, output = execute(runner, run)
+    assert code == 0 and output == "some output\n"
+    runner.keep(run, files, about)
+    folder = runner.RESULTS / "tiny" / "one_method" / "1"
+    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "manifest.json", "metrics.csv"]
+    words, threads = json.loads((folder / "metrics.csv").read_text().splitlines()[1])
+    assert words[:6] == ["--lr", "1", "--x", "2", "--seed", "1"] and threads == "2"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["command"] == run.command and manifest["resumed"] is False and manifest["wall_seconds"] >= 0
+    assert set(manifest["versions"]) == {"python", *runner.PACKAGES} and "cores" in manifest["hardware"]
+    assert len(manifest["commit"]) == 40
+    assert not run.folder(runner.WORK).exists()
+    assert runner.is_finished(run)
+    assert runner.main(["tiny", "--seeds", "1", "--methods", "one method"]) == 0
+    assert capsys.readouterr().out == "tiny: 1 runs, 1 of them finished\n"
+
+
+def test_results_of_another_command_are_not_taken_for_this_ones(runner, capsys):
+    run = runner.Run("tiny", "one method", 1)
+    runner.keep(run, *execute(runner, run)[1:3])
+    runner.SUITES["tiny"]["methods"]["one method"] = "--x 3"
+    assert runner.main(["tiny", "--seeds", "1"]) == 2
+    assert "delete the folder" in capsys.readouterr().err
+
+
+def test_killed_run_goes_on_and_one_of_other_flags_does_not(runner):
+    run = runner.Run("tiny", "failing", 1)
+    code, files, _, _ = execute(runner, run)
+    assert code == 3 and not files
+    code, files, about, _ = execute(runner, run)
+    calls = [json.loads(line)[0] for line in files["metrics.csv"].decode().splitlines()[1:]]
+    assert code == 0 and about["resumed"] and len(calls) == 2
+    assert calls[1] == ["--resume", str(run.folder(runner.WORK) / "run")]
+
+    runner.SUITES["tiny"]["methods"]["failing"] = "--x 4"
+    code, files, about, _ = execute(runner, run)
+    calls = [json.loads(line)[0] for line in files["metrics.csv"].decode().splitlines()[1:]]
+    assert code == 0 and not about["resumed"] and len(calls) == 1 and "4" in calls[0]
