@@ -107,11 +107,6 @@ def is_finished(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # On the machine that runs the program
 # ---------------------------------------------------------------------------------------------------------------------
-def die_with_parent():
-    """Called in the program before it starts: it gets SIGTERM when Ray's worker is gone (Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def hardware():
     """CPU, cores and GPU of this machine, as text."""
     cpu = platform.processor() or platform.machine()
@@ -137,10 +132,12 @@ def execute(command, flags, work, cpus):
         note.write_text(command)
     begun = sorted(path.parent for path in work.glob("*/args.json"))
     further = ["--resume", str(begun[-1])] if begun else [*flags[1:], "--runs-dir", str(work)]
+    libc = ctypes.CDLL(None)
     with open(work / "output.txt", "ab") as output:
         process = subprocess.run(
             [sys.executable, flags[0], *further], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent, env=os.environ | {"OMP_NUM_THREADS": str(max(1, int(cpus)))},
+            preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG (Linux): it ends with Ray's worker
+            env=os.environ | {"OMP_NUM_THREADS": str(max(1, int(cpus)))},
         )  # fmt: skip
     about = {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -186,8 +183,7 @@ def run_all(runs, args):
     try:
         with tqdm(total=len(runs), unit="run", file=sys.stdout) as bar:
             while waiting:
-                done, _ = ray.wait(list(waiting), timeout=1.0)
-                bar.refresh()
+                done, _ = ray.wait(list(waiting))
                 for task in done:
                     run, attempt = waiting.pop(task)
                     try:
