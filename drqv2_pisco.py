@@ -601,8 +601,8 @@ class Replay:
 
     A row holds a frame and what led to it: action, reward and true end; in an episode's first row these say nothing.
     Rows are counted from the run's beginning; row i lies at i % rows. Only finished episodes are sampled. The oldest
-    ones are given up `slack` rows before they are overwritten, and slack is more than is written between two
-    checkpoints: so a killed run has left whole whatever it samples when it goes on from its checkpoint.
+    ones are given up `slack` rows before they are overwritten, and slack is more than is written from the checkpoint
+    before the last one on: so a killed run has left whole whatever it samples when it goes on from either of them.
     """
 
     def __init__(self, path, rows, slack, frame_shape, num_actions, seed, device, resuming=False):
@@ -698,7 +698,7 @@ def replay_size(args, max_steps):
     )
     if all_rows <= wanted:  # nothing is ever overwritten
         return all_rows, max_steps + 1
-    return wanted, math.ceil(args.checkpoint_interval / args.action_repeat) + 2 * (max_steps + 1)
+    return wanted, 2 * math.ceil(args.checkpoint_interval / args.action_repeat) + 3 * (max_steps + 1)
 
 
 def check_memory(args, env, device):

@@ -129,8 +129,9 @@ def test_replay_goes_on_with_the_same_samples(tmp_path):
 def test_replay_size():
     # 500 steps of 2 frames an episode: 501 rows each. A short run keeps all: 100 episodes.
     assert replay_size(Args(total_frames=100_000), 500) == (100 * 501, 501)
-    # A long one keeps 2,000 episodes; 5,000 steps and two episodes lie between two checkpoints at most.
-    assert replay_size(Args(total_frames=3_000_000), 500) == (2000 * 501, 5000 + 1002)
+    # A long one keeps 2,000 episodes. Between two checkpoints lie 5,000 steps and an episode at most; what two such
+    # spans and the episode after them overwrite is not sampled.
+    assert replay_size(Args(total_frames=3_000_000), 500) == (2000 * 501, 2 * 5000 + 3 * 501)
 
 
 def test_a_third_of_the_memory_of_stacked_frames():

@@ -246,16 +246,28 @@ def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch, finish
     assert_same_end(resume(folder), finished)
 
 
-@pytest.mark.parametrize("nth", [28, 36, 44])
-def test_killed_run_whose_replay_has_gone_round(tmp_path, monkeypatch, nth):
-    """200 steps through 126 rows: what the killed run overwrote is never sampled by the one that goes on."""
-    flags = "--total-frames 400 --replay-size 120 --checkpoint-interval 40 --eval-interval 0 --ssl none"
-    whole = train(tmp_path / "whole", flags)
-    assert max(float(row["charts/replay_steps"]) for row in numbers(whole) if row["charts/replay_steps"]) < 100
+@pytest.fixture(scope="module")
+def gone_round(tmp_path_factory):
+    """A finished run of 300 steps whose replay buffer has 210 rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_episodes(patch)
+        return train(tmp_path_factory.mktemp("whole"), GONE_ROUND)
+
+
+GONE_ROUND = "--total-frames 600 --replay-size 200 --checkpoint-interval 40 --eval-interval 0 --ssl none"
+
+
+@pytest.mark.parametrize("nth", [52, 66])
+@pytest.mark.parametrize("newest", [True, False])
+def test_killed_run_whose_replay_has_gone_round(tmp_path, monkeypatch, gone_round, nth, newest):
+    """What a killed run has overwritten is never sampled by the one that goes on, from either checkpoint."""
+    assert max(float(row["charts/replay_steps"]) for row in numbers(gone_round) if row["charts/replay_steps"]) < 150
     with monkeypatch.context() as patch:
         kill_at(patch, drqv2_pisco, "update", nth)
-        folder = train_until_killed(tmp_path / "killed", flags)
-    assert_same_end(resume(folder), whole)
+        folder = train_until_killed(tmp_path, GONE_ROUND)
+    if not newest:
+        (folder / "checkpoint.pt").write_bytes(b"damaged")
+    assert_same_end(resume(folder), gone_round)
 
 
 def test_finished_run_is_left_as_it_is(finished, tmp_path):
