@@ -1,0 +1,308 @@
+"""The mathematics of drqv2_pisco.py against numbers worked out by hand."""
+
+import ast
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from drqv2_pisco import (
+    Agent, Args, MapLinear, Replay, act, critic_loss, gaussian_kl, make_optimizers, pisco_loss, replay_size, sample_nstep,
+    stddev_schedule, truncated_normal, update,
+)  # fmt: skip
+
+import drqv2_pisco
+
+CPU = torch.device("cpu")
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+def test_gaussian_kl():
+    p, q = torch.tensor([[0.0, 1.0], [0.5, 0.5]]), torch.tensor([[1.0, -1.0], [0.5, 0.5]])
+    # (1 + 4) / (2 sigma^2): 2.5 at sigma 1, 10 at sigma 1/2
+    torch.testing.assert_close(gaussian_kl(p, q, 1.0), torch.tensor([2.5, 0.0]))
+    torch.testing.assert_close(gaussian_kl(p, q, 0.5), torch.tensor([10.0, 0.0]))
+    p_dist, q_dist = (torch.distributions.Normal(mu, 0.3) for mu in (p, q))
+    torch.testing.assert_close(gaussian_kl(p, q, 0.3), torch.distributions.kl_divergence(p_dist, q_dist).sum(-1))
+
+
+def test_pisco_loss_and_where_its_gradient_goes():
+    z1, z2, p1, p2 = (torch.tensor([[value]], requires_grad=True) for value in (0.1, 0.2, 0.5, 0.7))
+    loss = pisco_loss(z1, z2, p1, p2, 1.0)
+    # 1/2 (0.1 - 0.7)^2 / 2 + 1/2 (0.2 - 0.5)^2 / 2 = 0.09 + 0.0225
+    assert loss.item() == pytest.approx(0.1125)
+    loss.backward()
+    assert z1.grad is None and z2.grad is None
+    # 1/2 (p2 - z1) = 0.3 and 1/2 (p1 - z2) = 0.15
+    assert p2.grad.item() == pytest.approx(0.3) and p1.grad.item() == pytest.approx(0.15)
+
+
+def test_critic_loss():
+    q1, q2, target = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]])
+    assert critic_loss(q1, q2, target).item() == pytest.approx((0 + 4) / 2 + (1 + 1) / 2)
+
+
+def test_stddev_schedule():
+    values = [stddev_schedule(step, 1.0, 0.1, 100) for step in (0, 50, 100, 1000)]
+    assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def test_truncated_normal():
+    mu = torch.tensor([[0.0, 0.9, -0.95, 0.2]], requires_grad=True)
+    noise = torch.tensor([[0.5, 0.5, -0.5, -0.1]])
+    free, clipped = truncated_normal(mu, noise), truncated_normal(mu, noise, 0.3)
+    torch.testing.assert_close(free.detach(), torch.tensor([[0.5, 1 - 1e-6, -1 + 1e-6, 0.1]]))
+    torch.testing.assert_close(clipped.detach(), torch.tensor([[0.3, 1 - 1e-6, -1 + 1e-6, 0.1]]))
+    assert clipped.abs().max() < 1
+    clipped.sum().backward()  # straight through the bounds
+    assert torch.equal(mu.grad, torch.ones(1, 4))
+
+
+def test_sample_nstep():
+    rewards = np.array([[1.0, 2.0, 4.0]] * 3, np.float32)
+    terminated = np.array([[False, False, False], [False, False, True], [False, True, False]])
+    total, discount = sample_nstep(rewards, terminated, 0.5)
+    assert total.tolist() == [3.0, 3.0, 2.0]  # 1 + 2/2 + 4/4; the last one ends after its second reward
+    assert discount.tolist() == [0.125, 0.0, 0.0]  # 0.5 ** 3, unless a true terminal came before
+
+
+# --- Replay ----------------------------------------------------------------------------------------------------------
+def make_replay(tmp_path, rows=40, slack=6, nstep=3, lengths=(5, 2, 4), terminated=()):
+    """Row i holds a frame full of i, the action i / 10 and the reward i; the episodes have these many steps."""
+    replay = Replay(tmp_path / "replay.bin", rows, slack, (3, 2, 2), 1, 0, None)
+    for episode, length in enumerate(lengths):
+        for step in range(length + 1):
+            i = replay.head
+            end = step == length and episode in terminated
+            replay.add(np.full((3, 2, 2), i, np.uint8), [i / 10], float(i), end)
+        replay.end_episode(nstep)
+    return replay
+
+
+def test_sampled_rows_never_cross_an_episodes_end(tmp_path):
+    replay = make_replay(tmp_path)
+    # Rows 0..5 (5 steps), 6..8 (2 steps: too short for 3), 9..13 (4 steps)
+    assert replay.episodes == [[0, 5], [9, 4]] and len(replay) == 9
+    rows, first = replay.sample_rows(1000, 3)
+    assert set(zip(rows.tolist(), first.tolist())) == {(0, 0), (1, 0), (2, 0), (9, 9), (10, 9)}
+    # an episode at random, then a step of it: half the samples, shared by three starts and by two
+    counts = np.bincount(rows, minlength=11)[[0, 1, 2, 9, 10]] / 1000
+    assert counts == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4], abs=0.05)
+
+
+def test_sample(tmp_path):
+    replay = make_replay(tmp_path, terminated=(2,))
+    obs, action, reward, discount, next_obs = replay.sample(200, 3, 0.5, 3, CPU)
+    assert obs.shape == next_obs.shape == (200, 9, 2, 2) and obs.dtype == torch.uint8
+    assert action.shape == reward.shape == discount.shape == (200, 1) and reward.dtype == torch.float32
+    for i in range(200):
+        row = int(obs[i, 8, 0, 0])
+        first = 0 if row < 6 else 9
+        stack = [max(row - k, first) for k in (2, 1, 0)]  # before the episode its first frame is repeated
+        assert obs[i, ::3, 1, 1].tolist() == stack and obs[i, 1::3, 0, 1].tolist() == stack
+        assert next_obs[i, ::3, 0, 0].tolist() == [row + 1, row + 2, row + 3]
+        assert action[i].item() == pytest.approx((row + 1) / 10)
+        assert reward[i].item() == (row + 1) + (row + 2) / 2 + (row + 3) / 4
+        assert discount[i].item() == (0.0 if row == 10 else 0.125)  # only the last episode's end is a true one
+
+
+def test_replay_gives_up_rows_before_they_are_overwritten(tmp_path):
+    replay = make_replay(tmp_path, rows=20, slack=6, nstep=1, lengths=(4,) * 9)
+    # 45 rows written: what will be overwritten next is row 25; with the slack rows from 31 on are safe.
+    assert replay.head == 45 and [first for first, _ in replay.episodes] == [35, 40]
+    obs, *_ = replay.sample(100, 1, 0.9, 1, CPU)
+    assert set(obs[:, 0, 0, 0].tolist()) == {35, 36, 37, 38, 40, 41, 42, 43}
+
+
+def test_replay_goes_on_with_the_same_samples(tmp_path):
+    replay = make_replay(tmp_path)
+    state = replay.get_state()
+    wanted = [replay.sample(8, 3, 0.9, 3, CPU) for _ in range(3)]
+    again = Replay(tmp_path / "replay.bin", 40, 6, (3, 2, 2), 1, 99, None, resuming=True)
+    again.set_state(state)
+    for batch in wanted:
+        for a, b in zip(batch, again.sample(8, 3, 0.9, 3, CPU)):
+            assert torch.equal(a, b)
+
+
+def test_replay_size():
+    # 500 steps of 2 frames an episode: 501 rows each. A short run keeps all: 100 episodes.
+    assert replay_size(Args(total_frames=100_000), 500) == (100 * 501, 501)
+    # A long one keeps 2,000 episodes. Between two checkpoints lie 5,000 steps and an episode at most; what two such
+    # spans and the episode after them overwrite is not sampled.
+    assert replay_size(Args(total_frames=3_000_000), 500) == (2000 * 501, 2 * 5000 + 3 * 501)
+
+
+def test_a_third_of_the_memory_of_stacked_frames():
+    row = Replay.row_dtype((3, 84, 84), 6).itemsize
+    rows, _ = replay_size(Args(total_frames=3_000_000), 500)
+    # The official buffer: nine channels, action, reward and discount for every step and an episode's beginning.
+    assert rows * row < 0.334 * 2000 * 501 * (9 * 84 * 84 + 6 * 4 + 4 + 4)
+
+
+# --- Networks --------------------------------------------------------------------------------------------------------
+def test_map_linear_is_a_linear_layer_of_the_flattened_map():
+    maps = torch.randn(5, 4, 3, 2).to(memory_format=torch.channels_last)
+    linear = MapLinear((4, 3, 2), 7)
+    wanted = torch.nn.functional.linear(maps.flatten(1), linear.weight, linear.bias)
+    torch.testing.assert_close(linear(maps), wanted)
+    torch.testing.assert_close(linear(maps.contiguous()), wanted)
+    torch.testing.assert_close(linear(maps[:1]), wanted[:1])
+
+
+def tiny_agent(**flags):
+    args = Args(feature_dim=8, hidden_dim=16, projector_dim=8, image_size=24, ssl_fraction=1.0, **flags)
+    torch.manual_seed(0)
+    agent = Agent(args, (9, 24, 24), 2)
+    if args.ssl == "curl":
+        agent.key_encoder[0].load_state_dict(agent.encoder.state_dict())
+    return args, agent
+
+
+def tiny_batch(n=6):
+    images = torch.randint(0, 256, (2, n, 9, 24, 24), dtype=torch.uint8)
+    return images[0], torch.rand(n, 2), torch.rand(n, 1), torch.full((n, 1), 0.97), images[1]
+
+
+def test_shapes_of_the_official_network():
+    agent = Agent(Args(), (9, 84, 84), 6)
+    assert agent.encoder.map_shape == (32, 35, 35)
+    assert sum(p.numel() for p in agent.encoder.parameters()) == 32 * (9 * 9 + 1) + 3 * 32 * (32 * 9 + 1)
+    assert agent.actor.trunk[0].weight.shape == (50, 39200)
+    maps = agent.encoder(torch.zeros(2, 9, 84, 84, dtype=torch.uint8))
+    assert maps.shape == (2, 32, 35, 35) and maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_acting():
+    _, agent = tiny_agent()
+    obs = tiny_batch()[0][0].numpy()
+    mean = agent.actor(agent.encoder(torch.from_numpy(obs[None])))[0].detach()
+    np.testing.assert_array_equal(act(agent, obs, CPU), mean)
+    noisy = np.stack([act(agent, obs, CPU, 0.1) for _ in range(400)])
+    assert noisy.std(0) == pytest.approx([0.1, 0.1], rel=0.2) and noisy.mean(0) == pytest.approx(mean, abs=0.02)
+    assert np.abs([act(agent, obs, CPU, 5.0) for _ in range(50)]).max() < 1
+
+
+# --- Update ----------------------------------------------------------------------------------------------------------
+def gradients(monkeypatch, losses=None, **flags):
+    """Gradients by parameter name just before the optimizers' steps of one update with the images as they are."""
+    monkeypatch.setattr(drqv2_pisco, "augment", lambda images, *_: images)
+    args, agent = tiny_agent(**flags)
+    names, found = {id(p): name for name, p in agent.named_parameters()}, {}
+    optimizers = make_optimizers(agent, 1e-3)
+
+    def note(optimizer, *_):
+        found.update(
+            {names[id(p)]: p.grad.clone() for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
+        )
+
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(note)
+    torch.manual_seed(1)
+    batch = tiny_batch()
+    torch.manual_seed(2)
+    stats = update(agent, optimizers, batch, 0.4, args)
+    return found, stats
+
+
+def test_ssl_adds_to_the_gradients_of_encoder_and_actor_alone(monkeypatch):
+    plain, _ = gradients(monkeypatch, ssl="none")
+    nothing, stats = gradients(monkeypatch, ssl="pisco", ssl_coef=0.0)
+    both, _ = gradients(monkeypatch, ssl="pisco", ssl_coef=1.0)
+    assert stats["pisco"] > 0
+    for name, gradient in plain.items():
+        torch.testing.assert_close(nothing[name], gradient, rtol=1e-4, atol=1e-6)
+        if name.startswith("critic"):  # nothing of PiSCO
+            torch.testing.assert_close(both[name], gradient, rtol=1e-4, atol=1e-6)
+        elif name.startswith("encoder"):
+            assert not torch.allclose(both[name], gradient, rtol=1e-3)
+    projector = {name for name in both if name.startswith("projector")}
+    assert len(projector) == 4 and all(both[name].abs().sum() > 0 for name in projector)
+    assert not [name for name in both if name.startswith("critic_target")]
+
+
+def test_pisco_gradients_are_those_of_the_formula(monkeypatch):
+    """lambda (1/2 KL + 1/2 KL) differentiated on its own is what PiSCO adds, for every parameter of the actor."""
+    plain, _ = gradients(monkeypatch, ssl="none")
+    both, _ = gradients(monkeypatch, ssl="pisco", ssl_coef=1e3, pisco_std=0.5)  # large: the rest is rounding
+    _, agent = tiny_agent(ssl="pisco")
+    torch.manual_seed(1)
+    obs = tiny_batch()[0]
+    z = agent.actor.trunk(agent.encoder(obs))
+    mu = agent.actor.policy(z).tanh().detach()
+    p_mu = agent.actor.policy(agent.projector(z)).tanh()
+    loss = 1e3 * ((mu - p_mu) ** 2).sum(-1).mean() / (2 * 0.5**2)  # both views are the same here
+    names, parameters = zip(
+        *((n, p) for n, p in agent.named_parameters() if n.startswith(("actor", "encoder", "proj")))
+    )
+    for name, wanted in zip(names, torch.autograd.grad(loss, parameters)):
+        torch.testing.assert_close(
+            both[name] - plain.get(name, 0), wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item()
+        )
+
+
+def test_the_schedule_makes_pisco_heavier(monkeypatch):
+    _, fixed = gradients(monkeypatch, ssl="pisco", pisco_std=1.0)
+    _, schedule = gradients(monkeypatch, ssl="pisco", pisco_std="schedule")  # sigma 0.4 in this update
+    assert schedule["pisco"].item() == pytest.approx(fixed["pisco"].item() / 0.16, rel=1e-5)
+
+
+def test_target_critics_follow(monkeypatch):
+    args, agent = tiny_agent(ssl="none", tau=0.25)
+    start = [p.clone() for p in agent.critic_target.parameters()]
+    update(agent, make_optimizers(agent, 1e-2), tiny_batch(), 0.4, args)
+    for before, target, critic in zip(start, agent.critic_target.parameters(), agent.critic.parameters()):
+        torch.testing.assert_close(target, before + 0.25 * (critic - before))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.25, 1.0])
+def test_curl_key_encoder_follows(tau):
+    args, agent = tiny_agent(ssl="curl", curl_tau=tau)
+    start = [p.clone() for p in agent.key_encoder.parameters()]
+    update(agent, make_optimizers(agent, 1e-2), tiny_batch(), 0.4, args)
+    followed = [*agent.encoder.parameters(), *agent.actor.trunk.parameters()]
+    for before, key, query in zip(start, agent.key_encoder.parameters(), followed):
+        torch.testing.assert_close(key, before + tau * (query - before))
+
+
+def test_actor_loss_leaves_the_critics_and_the_encoder_alone(monkeypatch):
+    """Where the critics have no loss, nothing reaches them and the encoder: the actor's loss is its own affair."""
+    monkeypatch.setattr(drqv2_pisco, "critic_loss", lambda q1, q2, target: 0.0 * (q1 + q2).sum())
+    found, stats = gradients(monkeypatch, ssl="none")
+    assert math.isfinite(stats["actor_loss"])
+    for name, gradient in found.items():
+        assert (gradient.abs().sum() > 0) == name.startswith("actor"), name
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_frozen_layers_get_no_gradient(monkeypatch, count):
+    args, agent = tiny_agent(ssl="pisco")
+    agent.encoder.freeze(count)
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    optimizers = make_optimizers(agent, 1e-2)
+    stats = update(agent, optimizers, tiny_batch(), 0.4, args)
+    assert stats["grad_norm_frozen"] == 0 and (stats["grad_norm_encoder"] > 0) == (count < 4)
+    frozen = tuple(f"encoder.layers.{i}." for i in range(count))
+    for name, parameter in agent.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith(frozen), name
+        if count and name.startswith(frozen):
+            assert parameter.grad is None
+    assert len(optimizers[0].param_groups[0]["params"]) == 2 * (4 - count) + 16
+
+
+# --- The two files ---------------------------------------------------------------------------------------------------
+SHARED = (
+    "UsageError parse_flags parse_args write_atomically interrupt_later random_shift random_noise augment simsiam_loss "
+    "info_nce_loss grad_norm to_device write_gif"
+)
+
+
+@pytest.mark.parametrize("name", SHARED.split())
+def test_both_files_have_the_same(name):
+    """The files import nothing from each other; what they have in common is the same word for word."""
+    both = []
+    for file in ("ppo_pisco.py", "drqv2_pisco.py"):
+        tree = ast.parse((ROOT / file).read_text())
+        both += [ast.unparse(node) for node in tree.body if getattr(node, "name", None) == name]
+    assert len(both) == 2 and both[0] == both[1]
