@@ -1487,7 +1487,7 @@ def average(results):
     return [rows[0] | {c: float(np.mean([row[c] for row in rows])) for c in columns} for rows in zip(*results)]
 
 
-COLUMNS = ["encoder", "seed", "layer", "variant", "metric", "source", "target", "transfer"]
+COLUMNS = ["encoder", "layer", "variant", "metric", "source", "target", "transfer"]
 
 
 def table(results, control):
@@ -1570,12 +1570,12 @@ def probe(args):
         torch.set_num_threads(args.torch_threads)
     path = Path(args.encoder_weights)
     encoder, metadata = read_weights(path)
+    data, is_source = probe_data(args, metadata)
     folder = Path(args.output or f"runs/probe__{path.stem}")
     try:
         folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     except OSError as error:
         raise UsageError(f"--output {folder}: can't make the folder ({error})") from None
-    data, is_source = probe_data(args, metadata)
     is_jump = data.names == JUMP_STATE
     print(f"{int(is_source.sum()):,} source and {int((~is_source).sum()):,} target observations, {path}", flush=True)
     runs = {"pretrained": probe_encoder(encoder, data, is_source, is_jump, "pretrained")}
