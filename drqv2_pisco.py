@@ -30,8 +30,9 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -111,7 +112,7 @@ class Args:
     """self-supervised loss on two augmented views, the first of which is the critic's"""
     ssl_coef: float = 0.1
     """weight lambda of the self-supervised loss"""
-    ssl_fraction: float = 0.25
+    ssl_fraction: float = 0.2
     """share of every batch on which the self-supervised loss is computed"""
     pisco_std: float | Literal["schedule"] = 1.0
     """pisco, consistency: standard deviation of the policies compared; `schedule`: the exploration's, which makes the
@@ -494,14 +495,16 @@ def save_encoder(path, encoder, args, obs_shape, frame):
 def random_shift(images, pixels):
     """Shifts each image by its own random whole number of pixels, -pixels..pixels in both axes, replicating the border.
 
-    images (B, C, H, W), any dtype -> the same shape and dtype. The shift of DrQ (Kostrikov et al. 2021), by index.
+    images (B, C, H, W), any dtype -> the same, channels last in memory. The shift of DrQ (Kostrikov et al. 2021).
     """
     b, c, h, w = images.shape
     dy, dx = torch.randint(-pixels, pixels + 1, (2, b, 1), device=images.device)  # (B, 1) int64 each
     rows = (torch.arange(h, device=images.device) + dy).clamp_(0, h - 1)  # (B, H): clamping the index replicates
-    cols = (torch.arange(w, device=images.device) + dx).clamp_(0, w - 1)  # (B, W)
-    index = (rows[:, :, None] * w + cols[:, None, :]).view(b, 1, h * w).expand(b, c, h * w)
-    return images.reshape(b, c, h * w).gather(2, index).view(b, c, h, w)
+    left, middle, right = (x.permute(0, 2, 3, 1) for x in (images[..., :1], images, images[..., -1:]))
+    wide = torch.cat([left.expand(-1, -1, pixels, -1), middle, right.expand(-1, -1, pixels, -1)], 2)  # (B, H, W+2P, C)
+    windows = wide.flatten(2).unfold(2, w * c, c)  # (B, H, 2P+1, W*C): a view, so that whole rows are copied at once
+    shifted = windows[torch.arange(b, device=images.device)[:, None], rows, dx + pixels]  # (B, H, W*C)
+    return shifted.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def random_noise(images, std=12.75):
@@ -521,7 +524,7 @@ def stddev_schedule(step, start, end, duration):
 
 
 def truncated_normal(mu, noise, clip=None):
-    """Actions (B, A) in -1..1 at means mu, given noise ~ N(0, sigma^2), which is clipped to -clip..clip if clip is given.
+    """Actions (B, A) in -1..1 at means mu and noise ~ N(0, sigma^2), clipped to -clip..clip if clip is given.
 
     The gradient reaches mu as if nothing had been cut off at the bounds (straight-through).
     """
@@ -576,8 +579,8 @@ def info_nce_loss(queries, keys):
 
 
 def ssl_loss(agent, views, z1, z2, kind, std):
-    """The self-supervised loss `kind` on two views (2B, C, H, W) uint8 with features z1, z2 (B, D) of the actor's trunk,
-    and how far the views' actions lie apart on average."""
+    """The self-supervised loss `kind` on two views (2B, C, H, W) uint8 with features z1, z2 (B, D) of the actor's
+    trunk, and how far the views' actions lie apart on average."""
     p1, p2 = agent.projector(torch.cat([z1, z2])).chunk(2)
     with torch.no_grad():
         z1_mu, z2_mu = agent.actor.mean(torch.cat([z1, z2])).chunk(2)
@@ -708,8 +711,8 @@ def check_memory(args, env, device):
     flags = f"--replay-size {args.replay_size} --total-frames {args.total_frames}"
     if rows < 2 * slack:
         raise UsageError(
-            f"--replay-size {args.replay_size}: too small; with --checkpoint-interval {args.checkpoint_interval} it must "
-            f"be at least {2 * slack}"
+            f"--replay-size {args.replay_size}: too small; with --checkpoint-interval {args.checkpoint_interval} it "
+            f"must be at least {2 * slack}"
         )
     folder = Path(args.runs_dir).absolute()
     while not folder.exists():
@@ -731,6 +734,13 @@ def check_memory(args, env, device):
                 f"{flags}: the replay buffer takes {size / 2**30:.1f} GiB of {room / 2**30:.1f} GiB {place}; {remedy}"
             )
     return size
+
+
+def make_replay(path, args, env, device, resuming):
+    on_device = device.type == "cuda" and args.replay_on_device
+    shape, num_actions = env.observation_space.shape, env.action_space.shape[0]
+    rows, slack = replay_size(args, env.max_steps)
+    return Replay(path, rows, slack, shape, num_actions, args.seed, device if on_device else None, resuming)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -812,9 +822,9 @@ def update(agent, optimizers, batch, std, args, losses=(critic_ssl_loss, actor_l
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
-    encoder = agent.encoder
-    stats["grad_norm_encoder"] = grad_norm(encoder.layers[encoder.frozen :].parameters()).to(obs.device)
-    stats["grad_norm_frozen"] = grad_norm(encoder.layers[: encoder.frozen].parameters()).to(obs.device)
+    encoder, zero = agent.encoder, torch.zeros((), device=obs.device)  # zero keeps the sums on the device
+    stats["grad_norm_encoder"] = zero + grad_norm(encoder.layers[encoder.frozen :].parameters())
+    stats["grad_norm_frozen"] = zero + grad_norm(encoder.layers[: encoder.frozen].parameters())
     optimizers[0].step()
 
     loss = losses[1](agent, maps, std, args)
@@ -971,6 +981,12 @@ class RunFolder:
             if key != "frame":
                 self.tensorboard.add_scalar(key, value, row["frame"])
 
+    def export(self, agent, args, obs_shape, frame):
+        """Writes model.safetensors, all networks, and encoder.safetensors, the weights for another run."""
+        tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
+        write_atomically(self.path / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+        save_encoder(self.path / "encoder.safetensors", agent.encoder, args, obs_shape, frame)
+
     def __enter__(self):
         return self
 
@@ -1000,15 +1016,16 @@ def play_episode(agent, env, device, frame_stack, seed, frames=None):
     return total, length
 
 
-def evaluate(agent, env, args, device, frame, folder):
-    """Plays episodes on the environment `env`, which is not the training's, writes evaluation.json (on request: a GIF)
-    and returns the averages under their metric names."""
+def evaluate(agent, args, device, frame, folder):
+    """Plays episodes on an environment of its own, writes evaluation.json (on request: a GIF) and returns the averages
+    under their metric names."""
     frames = [] if args.capture_video else None
     seed = args.seed + 1_000_003 + 101 * frame  # apart from the training's, and the same in a resumed run
-    episodes = [
-        play_episode(agent, env, device, args.frame_stack, (seed + i) % 2**32, None if i else frames)
-        for i in range(args.eval_episodes)
-    ]
+    with contextlib.closing(DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)) as env:
+        episodes = [
+            play_episode(agent, env, device, args.frame_stack, (seed + i) % 2**32, None if i else frames)
+            for i in range(args.eval_episodes)
+        ]
     returns, lengths = ([episode[i] for episode in episodes] for i in range(2))
     metrics = {"episode_return": float(np.mean(returns)), "eval/episode_length": float(np.mean(lengths))}
     results = {"frame": frame, "env_id": args.env_id, "return": returns, "length": lengths, "metrics": metrics}
@@ -1041,34 +1058,37 @@ def write_gif(path, frames, upside_down, scale=2):
 # ---------------------------------------------------------------------------------------------------------------------
 # Main
 # ---------------------------------------------------------------------------------------------------------------------
+def has_type(value, kind):
+    """Whether `value` has the annotated type `kind`: a class, a Literal or a union of these."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(has_type(value, one) for one in get_args(kind))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+LIMITS = [
+    ("be positive", lambda x: x > 0, "image_size frame_stack action_repeat total_frames batch_size nstep feature_dim "
+     "hidden_dim update_every stddev_steps replay_size projector_dim checkpoint_interval eval_episodes learning_rate "
+     "ssl_fraction stddev_clip"),
+    ("not be negative", lambda x: x >= 0, "seed torch_threads eval_interval ssl_coef shift_pixels seed_frames "
+     "explore_steps stddev_start stddev_end"),
+    ("lie in 0..1", lambda x: 0 <= x <= 1, "gamma tau curl_tau ssl_fraction"),
+    ("be finite", math.isfinite, "learning_rate ssl_coef stddev_start stddev_end stddev_clip"),
+    ("be at most 2**30", lambda x: x <= 2**30, "seed"),
+    ("be positive and finite, or schedule", lambda x: x == "schedule" or 0 < x < math.inf, "pisco_std"),
+]  # fmt: skip
+
+
 def check_args(args):
     """Raises UsageError for values that no run can have, before anything is made or written."""
-    for field in fields(Args):  # the command line is checked by tyro, an edited args.json is not
-        value, default = getattr(args, field.name), field.default
-        words = {"freeze_layers": "all", "pisco_std": "schedule"}
-        if default is not None and not isinstance(value, type(default)) and value != words.get(field.name):
-            raise UsageError(f"--{field.name.replace('_', '-')} {value!r}: must be {type(default).__name__}")
-    sizes = "image_size frame_stack action_repeat total_frames batch_size nstep feature_dim hidden_dim update_every"
-    sizes += " stddev_steps replay_size projector_dim checkpoint_interval eval_episodes"
-    for name in f"{sizes} learning_rate ssl_fraction stddev_clip".split():
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    names = "seed torch_threads eval_interval ssl_coef shift_pixels seed_frames explore_steps stddev_start stddev_end"
-    for name in names.split():
-        if not getattr(args, name) >= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    for name in "gamma tau curl_tau ssl_fraction".split():
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in 0..1")
-    for name in "learning_rate ssl_coef stddev_start stddev_end stddev_clip".split():
-        if not math.isfinite(getattr(args, name)):
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be finite")
-    if args.pisco_std != "schedule" and not 0 < args.pisco_std < math.inf:
-        raise UsageError(f"--pisco-std {args.pisco_std}: must be positive and finite, or schedule")
+    rules = [(f"be {field.type}", partial(has_type, kind=field.type), field.name) for field in fields(Args)]
+    for rule, possible, names in rules + LIMITS:  # tyro checks types on the command line, nobody those of args.json
+        for name in names.split():
+            if not possible(getattr(args, name)):
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)!r}: must {rule}")
     if args.pisco_std == "schedule" and 0 in (args.stddev_start, args.stddev_end):
         raise UsageError("--pisco-std schedule: --stddev-start and --stddev-end must be positive then")
-    if args.seed > 2**30:
-        raise UsageError(f"--seed {args.seed}: must be at most {2**30}")
     if args.total_frames < args.action_repeat:
         raise UsageError(f"--total-frames {args.total_frames}: less than one step of {args.action_repeat} frames")
     if args.track:
@@ -1167,17 +1187,20 @@ def training_state(agent, optimizers, env, replay, step, seconds):
     }  # fmt: skip
 
 
-def restore(state, agent, optimizers, env, replay):
-    """Puts a checkpoint's state back."""
-    agent.load_state_dict(state["agent"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    torch.set_rng_state(state["torch_rng"].cpu())
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
-    env.set_state(state["env"])
-    if replay is not None:
-        replay.set_state(state["replay"])
+def restore(state, agent, optimizers, env, replay, args):
+    """Puts a checkpoint's state back. Raises UsageError if it doesn't fit."""
+    try:
+        agent.load_state_dict(state["agent"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["torch_rng"].cpu())
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+        env.set_state(state["env"])
+        if replay is not None:  # a finished run has none
+            replay.set_state(state["replay"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"--resume {args.resume}: the checkpoint does not belong to args.json") from None
 
 
 def check_finite(losses, folder):
@@ -1190,77 +1213,81 @@ def check_finite(losses, folder):
         )
 
 
-def run(args, env, agent, optimizers, replay, folder, device, step, seconds):
+def set_up(args):
+    """Seeds and threads. Returns the device."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def progress_bar(initial, total):
+    """A bar over frames with speed and ETA; a line every half minute where the output is no terminal."""
+    interval = 0.5 if sys.stdout.isatty() else 30  # seconds
+    return tqdm(
+        initial=initial, total=total, unit="frame", unit_scale=True, file=sys.stdout, mininterval=interval,
+        dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def run(args, env, agent, optimizers, replay, folder, bar, device, step, seconds):
     """Plays and trains from `step`, which begins an episode, to the end of the run."""
-    total_steps, seed_steps = args.total_frames // args.action_repeat, args.seed_frames // args.action_repeat
-    eval_steps, checkpoint_steps = (
-        args.eval_interval // args.action_repeat,
-        args.checkpoint_interval // args.action_repeat,
+    total_steps, seed_steps, eval_steps, checkpoint_steps = (
+        frames // args.action_repeat
+        for frames in (args.total_frames, args.seed_frames, args.eval_interval, args.checkpoint_interval)
     )
     losses = tuple(torch.compile(f) if args.compile else f for f in (critic_ssl_loss, actor_loss))
-    eval_env = DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)
-    bar = tqdm(
-        initial=step * args.action_repeat, total=total_steps * args.action_repeat, unit="frame", unit_scale=True,
-        file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
-    )  # fmt: skip
     saved, done, history = step, True, []
-    with bar, contextlib.closing(eval_env):
-        while step < total_steps:
-            began = time.perf_counter()
-            if done:
-                frame, _ = env.reset()
-                replay.add(frame)
-                obs, episode_return, length = np.concatenate([frame] * args.frame_stack), 0.0, 0
-            std = stddev_schedule(step, args.stddev_start, args.stddev_end, args.stddev_steps)
-            if step < args.explore_steps:
-                action = torch.rand(env.action_space.shape).mul(2).sub(1).numpy()
-            else:
-                action = act(agent, obs, device, std)
-            if step >= seed_steps and step % args.update_every == 0 and replay.episodes:
-                batch = replay.sample(args.batch_size, args.nstep, args.gamma, args.frame_stack, device)
-                history.append(update(agent, optimizers, batch, std, args, losses))
-            frame, reward, terminated, truncated, _ = env.step(action)
-            replay.add(frame, action, reward, terminated)
-            obs = np.concatenate([obs[3:], frame])
-            step, episode_return, length = step + 1, episode_return + reward, length + 1
-            done, last = terminated or truncated, step == total_steps
+    while step < total_steps:
+        began = time.perf_counter()
+        if done:
+            frame, _ = env.reset()
+            replay.add(frame)
+            obs, episode_return, length = np.concatenate([frame] * args.frame_stack), 0.0, 0
+        std = stddev_schedule(step, args.stddev_start, args.stddev_end, args.stddev_steps)
+        if step < args.explore_steps:
+            action = torch.rand(env.action_space.shape).mul(2).sub(1).numpy()
+        else:
+            action = act(agent, obs, device, std)
+        if step >= seed_steps and step % args.update_every == 0 and replay.episodes:
+            batch = replay.sample(args.batch_size, args.nstep, args.gamma, args.frame_stack, device)
+            history.append(update(agent, optimizers, batch, std, args, losses))
+        frame, reward, terminated, truncated, _ = env.step(action)
+        replay.add(frame, action, reward, terminated)
+        obs = np.concatenate([obs[3:], frame])
+        step, episode_return, length = step + 1, episode_return + reward, length + 1
+        done, last, frames = terminated or truncated, step == total_steps, step * args.action_repeat
 
-            row = {}
-            if done or last:
-                statistics, history = mean_statistics(history), []
-                check_finite(statistics, folder)
-                row = {f"losses/{name}": value for name, value in statistics.items()}
-            seconds += time.perf_counter() - began
-            if done:
-                replay.end_episode(args.nstep)
-                row |= {"charts/episodic_return": episode_return, "charts/episodic_length": length}
-                row |= {"charts/FPS": step * args.action_repeat / seconds, "charts/stddev": std}
-                row |= {"charts/replay_steps": len(replay)}
-                bar.set_postfix({"return": f"{episode_return:.1f}"}, refresh=False)
-            if last or eval_steps and step % eval_steps == 0:
-                row |= evaluate(agent, eval_env, args, device, step * args.action_repeat, folder.path)
-            with interrupt_later():
-                if row:
-                    folder.log({"frame": step * args.action_repeat, **row})
-                if last or done and step - saved >= checkpoint_steps:
-                    folder.save_checkpoint(training_state(agent, optimizers, env, replay, step, seconds))
-                    saved = step
-            bar.update(args.action_repeat)
+        row = {}
+        if done or last:
+            statistics, history = mean_statistics(history), []
+            check_finite(statistics, folder)
+            row = {f"losses/{name}": value for name, value in statistics.items()}
+        seconds += time.perf_counter() - began
+        if done:
+            replay.end_episode(args.nstep)
+            row |= {"charts/episodic_return": episode_return, "charts/episodic_length": length}
+            row |= {"charts/FPS": frames / seconds, "charts/stddev": std, "charts/replay_steps": len(replay)}
+            bar.set_postfix({"return": f"{episode_return:.1f}"}, refresh=False)
+        if last or eval_steps and step % eval_steps == 0:
+            row |= evaluate(agent, args, device, frames, folder.path)
+        with interrupt_later():
+            if row:
+                folder.log({"frame": frames, **row})
+            if last or done and step - saved >= checkpoint_steps:
+                folder.save_checkpoint(training_state(agent, optimizers, env, replay, step, seconds))
+                saved = step
+        bar.update(args.action_repeat)
 
 
 def train(args):
     """One whole run. Returns its folder. Raises UsageError for bad arguments, OSError where a file can't be written."""
     check_args(args)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = set_up(args)
     total_steps = args.total_frames // args.action_repeat
-
     state = RunFolder(args.resume).load_checkpoint(device) if args.resume else None
     start, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
     env = DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)
@@ -1272,28 +1299,17 @@ def train(args):
     size = check_memory(args, env, device)
 
     folder = RunFolder(args.resume) if args.resume else RunFolder.create(args)
-    replay_path = folder.path / "replay.bin"
     print(description, f"replay buffer: {size / 2**20:,.0f} MiB", f"run folder: {folder.path}", sep="\n", flush=True)
-    replay = None
-    if start < total_steps:
-        shape, on_device = env.observation_space.shape, device.type == "cuda" and args.replay_on_device
-        replay = Replay(
-            replay_path, *replay_size(args, env.max_steps), shape, env.action_space.shape[0], args.seed,
-            device if on_device else None, state is not None,
-        )  # fmt: skip
+    replay_path = folder.path / "replay.bin"
+    replay = make_replay(replay_path, args, env, device, state is not None) if start < total_steps else None
     if state:
-        try:
-            restore(state, agent, optimizers, env, replay)
-        except (RuntimeError, ValueError, KeyError, TypeError):
-            raise UsageError(f"--resume {args.resume}: the checkpoint does not belong to args.json") from None
+        restore(state, agent, optimizers, env, replay, args)
     folder.open_logs(args, start * args.action_repeat)
-    with folder, contextlib.closing(env):
-        if replay is not None:
-            run(args, env, agent, optimizers, replay, folder, device, start, seconds)
-    tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
-    write_atomically(folder.path / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+    with progress_bar(start * args.action_repeat, total_steps * args.action_repeat) as bar, folder:
+        run(args, env, agent, optimizers, replay, folder, bar, device, start, seconds)
+    env.close()
     obs_shape = (3 * args.frame_stack, args.image_size, args.image_size)
-    save_encoder(folder.path / "encoder.safetensors", agent.encoder, args, obs_shape, total_steps * args.action_repeat)
+    folder.export(agent, args, obs_shape, total_steps * args.action_repeat)
     replay_path.unlink(missing_ok=True)  # it is there to resume a run, and this one is finished
     return folder.path
 

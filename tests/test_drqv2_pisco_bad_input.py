@@ -68,10 +68,12 @@ class Bomb:
     "flag, value",
     [
         *((flag, value) for flag in (
-            "image-size", "frame-stack", "action-repeat", "total-frames", "batch-size", "nstep", "feature-dim", "hidden-dim",
-            "update-every", "stddev-steps", "replay-size", "projector-dim", "checkpoint-interval", "eval-episodes",
+            "image-size", "frame-stack", "action-repeat", "total-frames", "batch-size", "nstep", "feature-dim",
+            "hidden-dim", "update-every", "stddev-steps", "replay-size", "projector-dim", "checkpoint-interval",
+            "eval-episodes",
         ) for value in ("0", "-1")),
-        *((flag, value) for flag in ("learning-rate", "stddev-clip", "pisco-std") for value in ("0", "-1", "nan", "inf")),
+        *((flag, value) for flag in ("learning-rate", "stddev-clip", "pisco-std")
+          for value in ("0", "-1", "nan", "inf")),
         *((flag, "-1") for flag in ("seed", "torch-threads", "eval-interval", "ssl-coef", "shift-pixels", "seed-frames",
                                     "explore-steps", "stddev-start", "stddev-end")),
         *((flag, value) for flag in ("gamma", "tau", "curl-tau") for value in ("-0.1", "1.1", "nan")),
@@ -300,8 +302,8 @@ def test_resume_with_damaged_arguments(stopped, capsys, text):
 
 
 @pytest.mark.filterwarnings("ignore:The field")
-@pytest.mark.parametrize("name, value", [("batch_size", "four"), ("batch_size", 0), ("hidden_dim", 32), ("image_size", 26),
-                                         ("ssl", "curl"), ("total_frames", 480)])  # fmt: skip
+@pytest.mark.parametrize("name, value", [("batch_size", "four"), ("batch_size", 0), ("hidden_dim", 32),
+                                         ("image_size", 26), ("ssl", "curl"), ("total_frames", 480)])  # fmt: skip
 def test_resume_with_edited_arguments(stopped, capsys, name, value):
     saved = json.loads((stopped / "args.json").read_text())
     (stopped / "args.json").write_text(json.dumps(saved | {name: value}))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT
 from drqv2_pisco import (
-    Agent, Args, MapLinear, Replay, act, critic_loss, gaussian_kl, make_optimizers, pisco_loss, replay_size, sample_nstep,
-    stddev_schedule, truncated_normal, update,
+    Agent, Args, MapLinear, Replay, act, critic_loss, gaussian_kl, make_optimizers, pisco_loss, replay_size,
+    sample_nstep, stddev_schedule, truncated_normal, update,
 )  # fmt: skip
 
 import drqv2_pisco
@@ -294,7 +294,7 @@ def test_frozen_layers_get_no_gradient(monkeypatch, count):
 # --- The two files ---------------------------------------------------------------------------------------------------
 SHARED = (
     "UsageError parse_flags parse_args write_atomically interrupt_later random_shift random_noise augment simsiam_loss "
-    "info_nce_loss grad_norm to_device write_gif"
+    "info_nce_loss grad_norm to_device write_gif has_type keep_memory set_up"
 )
 
 

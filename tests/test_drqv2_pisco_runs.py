@@ -40,7 +40,7 @@ def tensors(folder, name="model"):
 
 # --- Environment -----------------------------------------------------------------------------------------------------
 def test_environment_is_the_suites(monkeypatch):
-    """Rewards of random actions are those of the suite's own environment, action repeat summed, time limit truncated."""
+    """The rewards are those of the suite's own environment, summed over the repeats; its time limit truncates."""
     from dm_control import suite
 
     env = DMCPixels("cartpole-swingup", 32, 3, "fast")
@@ -248,22 +248,20 @@ def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch, finish
 
 @pytest.fixture(scope="module")
 def gone_round(tmp_path_factory):
-    """A finished run of 300 steps whose replay buffer has 210 rows."""
+    """A finished run of 500 steps whose replay buffer has 378 rows, with a checkpoint after every third episode."""
     with pytest.MonkeyPatch.context() as patch:
         shorten_episodes(patch)
         return train(tmp_path_factory.mktemp("whole"), GONE_ROUND)
 
 
-GONE_ROUND = "--total-frames 600 --replay-size 200 --checkpoint-interval 40 --eval-interval 0 --ssl none"
+GONE_ROUND = "--total-frames 1000 --replay-size 360 --checkpoint-interval 120 --eval-interval 0 --ssl none"
 
 
-@pytest.mark.parametrize("nth", [52, 66])
 @pytest.mark.parametrize("newest", [True, False])
-def test_killed_run_whose_replay_has_gone_round(tmp_path, monkeypatch, gone_round, nth, newest):
+def test_killed_run_whose_replay_has_gone_round(tmp_path, monkeypatch, gone_round, newest):
     """What a killed run has overwritten is never sampled by the one that goes on, from either checkpoint."""
-    assert max(float(row["charts/replay_steps"]) for row in numbers(gone_round) if row["charts/replay_steps"]) < 150
     with monkeypatch.context() as patch:
-        kill_at(patch, drqv2_pisco, "update", nth)
+        kill_at(patch, drqv2_pisco, "update", 114)  # in step 472; the checkpoints are of steps 420 and 360
         folder = train_until_killed(tmp_path, GONE_ROUND)
     if not newest:
         (folder / "checkpoint.pt").write_bytes(b"damaged")
