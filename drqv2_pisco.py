@@ -168,8 +168,8 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------
 RENDER_PROBE = "from dm_control import _render; _render.Renderer(8, 8).make_current().__enter__()"
 RENDER_REMEDY = (
-    "install EGL (Debian, Ubuntu: apt-get install libegl1 libgl1) or, for MUJOCO_GL=osmesa, OSMesa (apt-get install "
-    "libosmesa6 libgl1)"
+    "install EGL (Debian, Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri) or, for MUJOCO_GL=osmesa, OSMesa "
+    "(apt-get install libosmesa6 libgl1)"
 )
 
 
@@ -437,11 +437,12 @@ def weights_path(args):
 SHIPPED_SOURCES = {"cartpole-swingup": "cartpole-balance"}  # target: the source task whose encoder it starts from
 
 
-def load_encoder(path, encoder, obs_shape):
+def load_encoder(path, encoder):
     """Fills `encoder` from a .safetensors file and returns the file's metadata.
 
     Nothing in the file is executed. Raises UsageError where the file is missing, damaged, not an encoder's, of another
-    architecture or shape, or holds values that are not finite.
+    architecture or shape, or holds values that are not finite. The file's images may have been of another size:
+    convolutions take any.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -463,11 +464,6 @@ def load_encoder(path, encoder, obs_shape):
         raise UsageError(f"--encoder-weights {path}: no such file; a run leaves one as encoder.safetensors") from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"--encoder-weights {path}: not a readable .safetensors file ({error})") from None
-    if metadata.get("observation_shape") != json.dumps(list(obs_shape)):
-        raise UsageError(
-            f"--encoder-weights {path}: made for images {metadata.get('observation_shape')}, not {list(obs_shape)}; "
-            "see --image-size and --frame-stack, or give --encoder-weights none"
-        )
     if not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values()):
         raise UsageError(f"--encoder-weights {path}: holds values that are not finite float32; make the file anew")
     encoder.load_state_dict(tensors)
@@ -1162,8 +1158,9 @@ def make_agent(args, env, device, resuming=False):
         )
     origin = "weights of the checkpoint" if resuming else "random weights"
     if path is not None:
-        metadata = load_encoder(path, encoder, obs_shape)
-        origin = f"{path}, {metadata.get('objective')} on {metadata.get('environment')}"
+        metadata = load_encoder(path, encoder)
+        made_for = metadata.get("observation_shape", "?")
+        origin = f"{path}, {metadata.get('objective')} on {metadata.get('environment')}, images {made_for}"
     encoder.freeze(count)
     if args.ssl == "curl":
         agent.key_encoder[0].load_state_dict(encoder.state_dict())

@@ -205,10 +205,9 @@ def test_weights_are_a_pickle_in_disguise(refused, tmp_path):
         assert not marker.exists()
 
 
-@pytest.mark.parametrize("flags", ["--frame-stack 2", "--image-size 26"])
-def test_weights_for_other_images(refused, weights, flags):
+def test_weights_for_other_images(refused, weights):
     path = weights()
-    refused(f"--encoder-weights {path} {flags}", str(path), "[9, 24, 24]", flags.split()[0])
+    refused(f"--encoder-weights {path} --frame-stack 2", str(path), "[9, 24, 24]", "--frame-stack")
 
 
 CHANGES = {

@@ -199,13 +199,15 @@ def test_run_folder(finished):
     assert float(rows[-1]["episode_return"]) == last["return"][0] == last["metrics"]["episode_return"]
 
 
-def test_encoder_file_loads_into_another_run(tmp_path, finished):
+@pytest.mark.parametrize("image_size", [24, 26])
+def test_encoder_file_loads_into_another_run(tmp_path, finished, image_size):
+    """Also into one with images of another size: convolutions take any."""
     weights, about = encoder_file(finished / "encoder.safetensors")
     assert about["architecture"] == "drqv2" and about["observation_shape"] == "[9, 24, 24]"
     assert about["environment"] == "cartpole-balance" and about["steps"] == "240" and about["seed"] == "1"
     assert "pisco" in about["objective"]
     flags = f"--encoder-weights {finished}/encoder.safetensors --freeze-layers all --total-frames 80 --seed 5"
-    other = tensors(train(tmp_path, flags), "encoder")
+    other = tensors(train(tmp_path, f"{flags} --image-size {image_size}"), "encoder")
     assert other.keys() == weights.keys()
     for name, value in weights.items():
         assert torch.equal(other[name], value) and torch.equal(tensors(finished)[f"encoder.{name}"], value)
