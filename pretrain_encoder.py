@@ -315,8 +315,8 @@ class JumpVectorEnv(VectorEnv):
 
 RENDER_PROBE = "from dm_control import _render; _render.Renderer(8, 8).make_current().__enter__()"
 RENDER_REMEDY = (
-    "install EGL (Debian, Ubuntu: apt-get install libegl1 libgl1) or, for MUJOCO_GL=osmesa, OSMesa (apt-get install "
-    "libosmesa6 libgl1)"
+    "install EGL (Debian, Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri) or, for MUJOCO_GL=osmesa, OSMesa "
+    "(apt-get install libosmesa6 libgl1)"
 )
 
 
@@ -1099,22 +1099,24 @@ def fit(args, model, optimizer, data, targets, rows, folder, device, step, score
 
 
 def keep_memory():
-    """Makes glibc keep freed memory for the next tensor: to map and zero new pages costs up to a third of the time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(parameter, value)
+    """Makes glibc keep freed memory: else it maps every large activation anew, which costs an update a third more."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
+    mallopt(-2, 2**28)  # M_TOP_PAD: grow by 256 MiB at a time
 
 
 def set_up(args):
-    """Seeds, threads and memory of this process. Returns the device."""
+    """Seeds and threads. Returns the device."""
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
-    keep_memory()
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -1714,6 +1716,7 @@ def asked_objective(argv):
 def main(argv=None):
     """Runs the command line `argv`. Returns the exit code: 0, 2 for bad input or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    keep_memory()
     try:
         if argv[:1] == ["probe"]:
             probe(parse_flags(ProbeArgs, argv[1:]))

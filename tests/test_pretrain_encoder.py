@@ -99,7 +99,7 @@ def test_rl_on_the_control_suite_runs_drqv2(tmp_path):
     _, metadata = encoder_file(output)
     assert (metadata["objective"], metadata["architecture"], metadata["steps"]) == ("rl", "drqv2", "1100")
     assert "python drqv2_pisco.py --env-id cartpole-balance" in result.stdout and "--image-size 24" in result.stdout
-    drqv2_pisco.load_encoder(output, drqv2_pisco.Encoder((9, 24, 24)), (9, 24, 24))
+    drqv2_pisco.load_encoder(output, drqv2_pisco.Encoder((9, 24, 24)))
     (run,) = (tmp_path / "runs").iterdir()
     args = json.loads((run / "args.json").read_text())
     assert (args["encoder_weights"], args["freeze_layers"], args["ssl"]) == ("none", 0, "none")
@@ -144,7 +144,7 @@ def test_every_family_writes_what_its_algorithm_loads(tmp_path, capsys, family, 
     text = capsys.readouterr().out
     if family == "drqv2":
         encoder = drqv2_pisco.Encoder((9, 24, 24))
-        drqv2_pisco.load_encoder(output, encoder, (9, 24, 24))
+        drqv2_pisco.load_encoder(output, encoder)
         assert f"python drqv2_pisco.py --env-id cartpole-balance --encoder-weights {output}" in text
         names = [f"r2 position[{i}]" for i in range(3)] + [f"r2 velocity[{i}]" for i in range(2)]
     else:
@@ -476,7 +476,7 @@ def test_shipped_encoders_load_into_their_algorithm(path):
     _, metadata = encoder_file(path)
     shape = tuple(json.loads(metadata["observation_shape"]))
     if metadata["architecture"] == "drqv2":
-        drqv2_pisco.load_encoder(path, drqv2_pisco.Encoder(shape), shape)
+        drqv2_pisco.load_encoder(path, drqv2_pisco.Encoder(shape))
     else:
         encoder = ppo_pisco.Encoder(metadata["architecture"], shape, int(metadata["feature_dim"]))
         ppo_pisco.load_encoder(path, encoder, metadata["architecture"], shape)
