@@ -961,8 +961,11 @@ def output_path(args):
     """Where the weights go: --output, or where the algorithms look for them. Raises UsageError if a file is there."""
     slug = args.env_id.replace("/", "-").lower()
     path = Path(args.output) if args.output else ENCODERS / f"{slug}__{args.encoder}__{args.objective}.safetensors"
-    if path.exists() and not args.force:
-        raise UsageError(f"--output {path}: exists; add --force to replace it or name another file")
+    if path.is_dir() or path.exists() and not args.force:
+        raise UsageError(f"--output {path}: exists; add --force to replace a file or name another one")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--output {path}: can't write into {folder}; name another file")
     return path
 
 
@@ -1088,7 +1091,8 @@ def fit(args, model, optimizer, data, targets, rows, folder, device, step, score
                 )
             state = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "score": score,
-                "seconds": seconds, "torch_rng": torch.get_rng_state(), "data": data.digest,
+                "seconds": seconds, "data": data.digest, "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all(),
             }  # fmt: skip
             with interrupt_later():
                 folder.log(row)
@@ -1137,6 +1141,8 @@ def restore(state, model, optimizer, data, args):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"--resume {args.resume}: the checkpoint does not belong to args.json") from None
     return state["step"], state["score"], state["seconds"]
@@ -1611,7 +1617,7 @@ def has_type(value, kind):
 
 
 LIMITS = [
-    ("be positive", lambda x: x > 0, "eval_interval num_frames frame_stack feature_dim total_steps learning_rate "
+    ("be positive", lambda x: x > 0, "eval_interval frame_stack feature_dim total_steps learning_rate "
      "action_repeat num_random"),
     ("not be negative", lambda x: x >= 0, "seed torch_threads shift_pixels tolerance"),
     ("be at least 2", lambda x: x >= 2, "batch_size"),

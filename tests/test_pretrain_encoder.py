@@ -25,17 +25,15 @@ TINY = "--total-timesteps 64 --num-envs 4 --num-steps 8 --num-minibatches 2 --fe
 
 
 def pretrain(tmp_path, *flags):
-    command = [sys.executable, str(ROOT / "pretrain_encoder.py"), *TINY.split(), "--runs-dir", str(tmp_path / "runs")]
-    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=200)
+    """The exit code of a tiny run of rl; the algorithm is a process of its own."""
+    return pretrain_encoder.main([*TINY.split(), "--runs-dir", str(tmp_path / "runs"), *flags])
 
 
-def test_writes_an_encoder_that_ppo_loads(tmp_path):
+def test_writes_an_encoder_that_ppo_loads(tmp_path, capfd):
     output = tmp_path / "new" / "encoder.safetensors"
-    result = pretrain(tmp_path, "--output", str(output), "--seed", "3")
-    assert result.returncode == 0, result.stderr
-    assert f"--encoder-weights {output}" in result.stdout
-    with safetensors.safe_open(output, "pt") as file:
-        metadata = file.metadata()
+    assert pretrain(tmp_path, "--output", str(output), "--seed", "3") == 0
+    assert f"python ppo_pisco.py --encoder-weights {output}" in capfd.readouterr().out
+    _, metadata = encoder_file(output)
     assert metadata["objective"] == "rl"
     assert metadata["environment"] == "Jump-v0"
     assert metadata["tasks"] == "source"
@@ -46,20 +44,18 @@ def test_writes_an_encoder_that_ppo_loads(tmp_path):
     flags = [*TINY.split(), "--encoder-weights", str(output), "--freeze-layers", "2", "--runs-dir", str(tmp_path / "b")]
     assert ppo_pisco.main(flags) == 0
 
-    written = output.stat().st_mtime_ns
     # It replaces nothing unasked, and says so before it trains.
-    before = safetensors.torch.load_file(output)
-    result = pretrain(tmp_path, "--output", str(output))
-    assert result.returncode == 2
-    assert str(output) in result.stderr and "--force" in result.stderr
-    assert result.stderr.count("\n") == 1
+    written, before = output.stat().st_mtime_ns, safetensors.torch.load_file(output)
+    capfd.readouterr()
+    assert pretrain(tmp_path, "--output", str(output)) == 2
+    error = capfd.readouterr().err
+    assert str(output) in error and "--force" in error and error.count("\n") == 1
     assert output.stat().st_mtime_ns == written
 
     # A finished run is exported again by --resume.
     (run,) = (tmp_path / "runs").iterdir()
     again = tmp_path / "again.safetensors"
-    command = [sys.executable, str(ROOT / "pretrain_encoder.py"), "--resume", str(run), "--output", str(again)]
-    assert subprocess.run(command, capture_output=True, timeout=200).returncode == 0
+    assert pretrain_encoder.main(["--resume", str(run), "--output", str(again)]) == 0
     for name, tensor in safetensors.torch.load_file(again).items():
         assert torch.equal(tensor, before[name])
 
@@ -74,31 +70,33 @@ def test_writes_an_encoder_that_ppo_loads(tmp_path):
         (("--resume", "runs/nowhere"), "--resume"),
     ],
 )
-def test_bad_input(tmp_path, flags, named):
-    result = pretrain(tmp_path, "--output", str(tmp_path / "e.safetensors"), *flags)
-    assert result.returncode == 2
-    assert named in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+def test_bad_input(tmp_path, capfd, flags, named):
+    assert pretrain(tmp_path, "--output", str(tmp_path / "e.safetensors"), *flags) == 2
+    error = capfd.readouterr().err
+    assert named in error and error.count("\n") == 1 and "Traceback" not in error
     assert not (tmp_path / "e.safetensors").exists()
 
 
-def test_full_disk_or_bad_path_leaves_no_output(tmp_path):
+@pytest.mark.parametrize("objective", ["rl", "state"])
+def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capfd, objective):
     (tmp_path / "file").write_text("in the way")
-    result = pretrain(tmp_path, "--output", str(tmp_path / "file" / "e.safetensors"))
-    assert result.returncode == 2
-    assert "file" in result.stderr and "Traceback" not in result.stderr
+    for path in (tmp_path / "file" / "e.safetensors", tmp_path):
+        flags = ["--objective", objective, "--output", str(path), "--runs-dir", str(tmp_path / "runs"), "--force"]
+        assert pretrain_encoder.main(flags) == 2
+        error = capfd.readouterr().err
+        assert "--output" in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
-def test_rl_on_the_control_suite_runs_drqv2(tmp_path):
+def test_rl_on_the_control_suite_runs_drqv2(tmp_path, capfd):
     output = tmp_path / "e.safetensors"
-    flags = "--env-id cartpole-balance --total-timesteps 1100 --update-every 50 --image-size 24 --render-quality fast --hidden-dim 16 "
-    flags += "--feature-dim 8 --batch-size 8 --seed-frames 40 --explore-steps 10 --eval-episodes 1 --torch-threads 1 "
-    flags += f"--no-cuda --runs-dir {tmp_path / 'runs'} --output {output}"
-    command = [sys.executable, str(ROOT / "pretrain_encoder.py"), *flags.split()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
+    flags = "--env-id cartpole-balance --total-timesteps 1100 --update-every 50 --image-size 24 --render-quality fast "
+    flags += "--hidden-dim 16 --feature-dim 8 --batch-size 8 --seed-frames 40 --explore-steps 10 --eval-episodes 1 "
+    flags += f"--torch-threads 1 --no-cuda --runs-dir {tmp_path / 'runs'} --output {output}"
+    assert pretrain_encoder.main(flags.split()) == 0
     _, metadata = encoder_file(output)
     assert (metadata["objective"], metadata["architecture"], metadata["steps"]) == ("rl", "drqv2", "1100")
-    assert "python drqv2_pisco.py --env-id cartpole-balance" in result.stdout and "--image-size 24" in result.stdout
+    text = capfd.readouterr().out
+    assert "python drqv2_pisco.py --env-id cartpole-balance" in text and "--image-size 24" in text
     drqv2_pisco.load_encoder(output, drqv2_pisco.Encoder((9, 24, 24)))
     (run,) = (tmp_path / "runs").iterdir()
     args = json.loads((run / "args.json").read_text())
@@ -173,8 +171,8 @@ def test_state_regression_learns_the_held_out_tasks_and_stops(tmp_path, capsys):
 def test_resume_after_kill_9_is_bitwise_equal(tmp_path, objective):
     flags = f"--objective {objective} {JUMP} --augmentation noise"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = encoder_file(run(whole, flags, steps=120))
-    command = [sys.executable, str(ROOT / "pretrain_encoder.py"), *flags_of(killed, flags, steps=120)]
+    expected = encoder_file(run(whole, flags, steps=80))
+    command = [sys.executable, str(ROOT / "pretrain_encoder.py"), *flags_of(killed, flags, steps=80)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(killed.glob("runs/*/checkpoint.previous.pt")) and time.monotonic() < deadline:
@@ -193,6 +191,37 @@ def test_resume_after_kill_9_is_bitwise_equal(tmp_path, objective):
     assert pretrain_encoder.main(["--resume", str(folder), "--output", str(again)]) == 0
     assert encoder_file(again)[1] == metadata
     assert pretrain_encoder.main(["--resume", str(folder), "--output", str(again), "--seed", "7"]) == 2
+
+
+def test_interrupted_run_on_the_control_suite_goes_on(tmp_path, monkeypatch, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = f"--objective simsiam {DMC}"
+    expected = encoder_file(run(whole, flags))
+    real, calls = pretrain_encoder.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:  # Ctrl-C after the fourth update, the first checkpoint has the second
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pretrain_encoder, "evaluate", interrupted)
+    run(cut, flags, code=130)
+    (folder,) = (cut / "runs").iterdir()
+    assert f"--resume {folder}" in capsys.readouterr().err and not (cut / "e.safetensors").exists()
+    assert pretrain_encoder.main(["--resume", str(folder)]) == 0
+    tensors, metadata = encoder_file(cut / "e.safetensors")
+    assert metadata == expected[1] and all(torch.equal(tensors[name], expected[0][name]) for name in tensors)
+    assert numbers(cut) == numbers(whole)
+
+
+def test_resume_with_other_frames_is_refused(tmp_path, capsys):
+    write_frames(tmp_path / "frames", "npy")
+    run(tmp_path, f"--objective simsiam --frames {tmp_path / 'frames'} --env-id Pong-v5")
+    (folder,) = (tmp_path / "runs").iterdir()
+    np.save(tmp_path / "frames" / "b.npy", np.zeros((3, 3, 40, 44), np.uint8))
+    assert pretrain_encoder.main(["--resume", str(folder), "--force"]) == 2
+    assert "frames" in capsys.readouterr().err
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
