@@ -21,7 +21,9 @@ import torch.nn as nn
 from conftest import ROOT, encoder_file
 from PIL import Image
 
-TINY = "--total-timesteps 64 --num-envs 4 --num-steps 8 --num-minibatches 2 --feature-dim 32 --torch-threads 1 --no-cuda"
+TINY = (
+    "--total-timesteps 64 --num-envs 4 --num-steps 8 --num-minibatches 2 --feature-dim 32 --torch-threads 1 --no-cuda"
+)
 
 
 def pretrain(tmp_path, *flags):

@@ -186,7 +186,12 @@ def test_recommendation(pretrained, control, count):
 def test_layer_score_takes_the_better_variant_and_averages_the_metrics():
     results = [
         {"layer": 0, "variant": variant, "metric": metric, "target": target}
-        for variant, metric, target in (("flat", "a", 0.1), ("pooled", "a", 0.5), ("flat", "b", 0.3), ("pooled", "b", 0))
+        for variant, metric, target in (
+            ("flat", "a", 0.1),
+            ("pooled", "a", 0.5),
+            ("flat", "b", 0.3),
+            ("pooled", "b", 0),
+        )
     ]
     assert pretrain.layer_scores(results) == [pytest.approx(0.4)]
 
