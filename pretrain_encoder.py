@@ -173,8 +173,8 @@ class ProbeArgs:
     """seed of the frames; the random encoders have the seeds that follow"""
     num_random: int = 3
     """randomly initialised encoders of the same architecture, the control"""
-    episodes: int = 48
-    """DeepMind Control: episodes of each environment, of ten observations each; an eighth is held out at a time"""
+    episodes: int = 100
+    """DeepMind Control: episodes of each environment, of five observations each; an eighth is held out at a time"""
     action_repeat: int = 2
     """DeepMind Control: frames for which every action is repeated"""
     render_quality: Literal["standard", "fast"] = "standard"
@@ -1458,9 +1458,7 @@ def probe_data(args, metadata):
             parts.append(jump_data(tasks, *probe_states(tasks, args.seed)))
     else:
         stack, size = obs_shape[0] // 3, obs_shape[1]
-        parts = [
-            dmc_data(args, one, stack, size, args.episodes, 10 + stack - 1) for one in (env_id, args.target_env_id)
-        ]
+        parts = [dmc_data(args, one, stack, size, args.episodes, 5 + stack - 1) for one in (env_id, args.target_env_id)]
         for part in parts:
             part.groups = part.groups * 8 // args.episodes
         if parts[0].names != parts[1].names:

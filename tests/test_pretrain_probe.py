@@ -231,7 +231,7 @@ def test_probe_on_the_control_suite(tmp_path, capsys):
     command += f"--num-random 1 --output {tmp_path / 'out'}"
     assert pretrain.main(command.split()) == 0
     text = capsys.readouterr().out
-    assert "80 source and 80 target observations" in text and "action" not in text
+    assert "40 source and 40 target observations" in text and "action" not in text
     with open(tmp_path / "out" / "probe.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 2 * 5 * 2
 
