@@ -705,7 +705,7 @@ def check_memory(args, env, device):
     rows, slack = replay_size(args, env.max_steps)
     size = rows * Replay.row_dtype(env.observation_space.shape, env.action_space.shape[0]).itemsize
     flags = f"--replay-size {args.replay_size} --total-frames {args.total_frames}"
-    if rows < 2 * slack:
+    if args.replay_size < args.total_frames // args.action_repeat and rows < 2 * slack:
         raise UsageError(
             f"--replay-size {args.replay_size}: too small; with --checkpoint-interval {args.checkpoint_interval} it "
             f"must be at least {2 * slack}"

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import drqv2_pisco
 import ppo_pisco
 import pytest
 import safetensors
@@ -13,6 +14,12 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.+?)\n```", README, flags=re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 SMALL = "--num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 32 --torch-threads 1 --eval-episodes 1"
+# A run too short to learn; its evaluation plays a whole episode, on small images.
+SMALL_DMC = (
+    "--total-frames 40 --image-size 24 --render-quality fast --hidden-dim 16 --batch-size 8 --seed-frames 20 "
+    "--explore-steps 10 --eval-interval 0 --eval-episodes 1 --torch-threads 1"
+)
+SMALL_STATE = "--num-frames 400 --total-steps 20 --eval-interval 10 --torch-threads 1"
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
 
 
@@ -44,13 +51,30 @@ def make_encoder(words, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python pretrain_encoder.py")])
-def test_pretraining_commands(line, tmp_path):
-    small = [*SMALL.split(), "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path / "e.safetensors")]
-    command = [sys.executable, *line.split()[1:], *small]
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python drqv2_pisco.py")])
+def test_drqv2_commands(line, tmp_path):
+    words = line.split()
+    for i, word in enumerate(words):
+        if word == "--encoder-weights" and words[i + 1].startswith("encoders/") and not (ROOT / words[i + 1]).exists():
+            path = tmp_path / "encoder.safetensors"
+            words[i + 1] = str(path)
+            drqv2_pisco.save_encoder(path, drqv2_pisco.Encoder((9, 24, 24)), drqv2_pisco.Args(), (9, 24, 24), 0)
+    command = [sys.executable, *words[1:], *SMALL_DMC.split(), "--runs-dir", str(tmp_path / "runs")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python pretrain_encoder.py")])
+def test_pretraining_commands(line, tmp_path):
+    words = line.split()
+    if "probe" in words:
+        words += ["--output", str(tmp_path), "--num-random", "1"]
+    else:
+        small = SMALL_STATE if "--objective" in words else SMALL_DMC if "cartpole-balance" in words else SMALL
+        words += [*small.split(), "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path / "e.safetensors")]
+    result = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / ("probe.png" if "probe" in words else "e.safetensors")).exists()
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python benchmark/")])
@@ -60,8 +84,8 @@ def test_benchmark_commands_start(line):
 
 
 def test_every_command_is_run_here_or_by_the_gate():
-    kinds = ("python ppo_pisco.py", "python pretrain_encoder.py", "python benchmark/", INSTALL)
-    assert all(line.startswith(kinds) for line in COMMANDS)
+    kinds = tuple(f"python {name}" for name in ("ppo_pisco.py", "drqv2_pisco.py", "pretrain_encoder.py", "benchmark/"))
+    assert all(line.startswith((*kinds, INSTALL)) for line in COMMANDS)
     assert len(COMMANDS) > 10
 
 
