@@ -1,5 +1,6 @@
 """Every command of the README runs, made small by further flags; the numbers in its tables are the code's."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -106,6 +107,20 @@ def test_shipped_encoder_is_what_the_readme_says():
         metadata = file.metadata()
     assert (metadata["objective"], metadata["tasks"], metadata["seed"]) == ("rl", "source", "1")
     assert f"{int(metadata['steps']):,} steps" in README
+
+
+def test_probe_table_is_the_kept_one():
+    with open(ROOT / "benchmark" / "results" / "probe" / "jump-v0__nature__rl.csv", newline="") as file:
+        kept = [row for row in csv.DictReader(file) if row["variant"] == "pooled"]
+    lines = re.findall(r"^\| (state R2|action accuracy) \| (pixels|\d) \| (.+) \|$", README, flags=re.M)
+    assert len(lines) == 10
+    for metric, layer, numbers in lines:
+        rows = [row for row in kept if (row["metric"], row["layer"]) == (metric, layer.replace("pixels", "0"))]
+        encoders = {True: [], False: []}  # pretrained, random
+        for row in rows:
+            encoders[row["encoder"] == "pretrained"].append([float(row[c]) for c in ("source", "target", "transfer")])
+        means = [sum(column) / len(column) for part in (True, False) for column in zip(*encoders[part])]
+        assert numbers == " | ".join(f"{mean:.2f}" for mean in means)
 
 
 def test_pictures_exist():
