@@ -12,6 +12,14 @@ DMC_SMALL = (
 )
 
 SUITES = {
+    # The README's main command beside the same number of steps from scratch.
+    "quickstart": {
+        "program": "ppo_pisco.py",
+        "methods": {
+            "freeze 2 + PiSCO": "--freeze-layers 2",
+            "from scratch": "--encoder-weights none --freeze-layers 0 --ssl none",
+        },
+    },
     # Does DrQ-v2 learn within an hour on a CPU?
     "dmc-small": {
         "program": f"{DMC_SMALL} --env-id cartpole-balance --total-frames 60000",
