@@ -23,13 +23,19 @@ if "--fail" in words and "--resume" not in words:
 """
 
 
+def load(name, monkeypatch):
+    """A script of benchmark/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmark" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def runner(monkeypatch, tmp_path):
     """benchmark/run.py as a module, with folders and a suite of its own."""
-    spec = importlib.util.spec_from_file_location("benchmark_run", ROOT / "benchmark" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_run", module)
-    spec.loader.exec_module(module)
+    module = load("run", monkeypatch)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     suite = {"program": f"{program} --lr 1", "methods": {"one method": "--x 2", "failing": "--fail 1"}}
@@ -116,3 +122,47 @@ def test_killed_run_goes_on_and_one_of_other_flags_does_not(runner):
     code, files, about, _ = execute(runner, run)
     calls = [json.loads(line)[0] for line in files["metrics.csv"].decode().splitlines()[1:]]
     assert code == 0 and not about["resumed"] and len(calls) == 1 and "4" in calls[0]
+
+
+# --- Figures and tables (their statistics need rliable: the gate draws them) ----------------------------------------
+@pytest.fixture
+def plot(monkeypatch, tmp_path):
+    module = load("plot", monkeypatch)
+    suite = {"program": "ppo_pisco.py", "methods": {"one method": "", "no results": ""}}
+    monkeypatch.setitem(module.SUITES, "tiny", suite)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    for seed, scores in ((1, (0.25, 0.5)), (10, (0.75, 1.0)), (2, (0.0, 0.125))):
+        folder = tmp_path / "tiny" / "one_method" / str(seed)
+        folder.mkdir(parents=True)
+        lines = ["global_step,eval/greedy_success,other", f"10,{scores[0]},", "15,,3", f"20,{scores[1]},"]
+        (folder / "metrics.csv").write_text("\n".join(lines))
+        if seed != 2:  # an unfinished run has no manifest
+            (folder / "manifest.json").write_text('{"wall_seconds": 60}')
+    return module
+
+
+def test_suite_is_read_seed_by_seed_without_unfinished_runs(plot):
+    results = plot.read_suite("tiny")
+    assert list(results) == ["one method"]
+    seeds, steps, scores = results["one method"]
+    assert seeds == [1, 10] and steps.tolist() == [10, 20] and scores.tolist() == [[0.25, 0.5], [0.75, 1.0]]
+
+
+def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
+    path = tmp_path / "tiny" / "one_method" / "1" / "metrics.csv"
+    path.write_text(path.read_text().replace("20,", "21,"))
+    with pytest.raises(ValueError, match="not at the same steps"):
+        plot.read_suite("tiny")
+
+
+def test_table_goes_between_its_marks_alone(plot, tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- tiny -->\nold\nlines\n<!-- /tiny -->\nb <!-- other -->\nc\n<!-- /other -->\n")
+    monkeypatch.setattr(plot, "PAGES", [page])
+    plot.insert_table("tiny", r"| new \1 |")
+    assert page.read_text() == "a\n<!-- tiny -->\n| new \\1 |\n<!-- /tiny -->\nb <!-- other -->\nc\n<!-- /other -->\n"
+
+
+def test_unknown_suite(plot, capsys):
+    assert plot.main(["bogus"]) == 2
+    assert capsys.readouterr().err.startswith("plot.py: error: suite 'bogus'")
