@@ -20,6 +20,29 @@ SUITES = {
             "from scratch": "--encoder-weights none --freeze-layers 0 --ssl none",
         },
     },
+    # Which part of a pretrained encoder is of use on the target tasks, and which loss on top?
+    "jump-transfer": {
+        "program": "ppo_pisco.py",
+        "methods": {
+            "from scratch": "--encoder-weights none --ssl none",
+            "from scratch + PiSCO": "--encoder-weights none --ssl pisco",
+            "frozen": "--freeze-layers all --ssl none",
+            "finetuned": "--ssl none",
+            "finetuned + PiSCO": "--ssl pisco",
+            "frozen bottom": "--freeze-layers 2 --ssl none",
+            "frozen bottom + SimSiam": "--freeze-layers 2 --ssl simsiam",
+            "frozen bottom + CURL": "--freeze-layers 2 --ssl curl",
+            "frozen bottom + consistency": "--freeze-layers 2 --ssl consistency",
+            "frozen bottom + PiSCO": "--freeze-layers 2 --ssl pisco",
+        },
+    },
+    # How deep to freeze?
+    "jump-depth": {
+        "program": "ppo_pisco.py",
+        "methods": {
+            f"{k} frozen, {ssl}": f"--freeze-layers {k} --ssl {ssl}" for ssl in ("none", "pisco") for k in range(5)
+        },
+    },
     # Does DrQ-v2 learn within an hour on a CPU?
     "dmc-small": {
         "program": f"{DMC_SMALL} --env-id cartpole-balance --total-frames 60000",
