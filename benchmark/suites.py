@@ -7,8 +7,8 @@ What stands beside a method's name is all that sets it apart. Every flag is the 
 # DrQ-v2 on two CPU cores: small images, batches and networks, fewer and longer steps. Not the official settings.
 DMC_SMALL = (
     "drqv2_pisco.py --render-quality fast --image-size 64 --shift-pixels 3 --batch-size 64 --hidden-dim 256 "
-    "--action-repeat 4 --update-every 1 --learning-rate 3e-4 --stddev-steps 6000 --seed-frames 2000 "
-    "--explore-steps 500 --eval-interval 10000 --gamma 0.98 --tau 0.04"
+    "--action-repeat 4 --update-every 1 --learning-rate 3e-4 --tau 0.02 --gamma 0.98 --nstep 1 --stddev-end 0.2 "
+    "--stddev-steps 8000 --seed-frames 2000 --explore-steps 250"
 )
 
 SUITES = {
