@@ -130,7 +130,8 @@ def write_table(suite, results):
         manifests = [json.loads((folder / str(seed) / "manifest.json").read_text()) for seed in seeds]
         minutes = np.mean([manifest["wall_seconds"] for manifest in manifests]) / 60
         each = ", ".join(f"{score:.{digits}f}" for score in scores[:, -1])
-        value = f"{point[0]:.{digits}f} [{low[0]:.{digits}f}, {high[0]:.{digits}f}]"
+        interval = f" [{low[0]:.{digits}f}, {high[0]:.{digits}f}]" if len(seeds) > 1 else ""  # one run tells of none
+        value = f"{point[0]:.{digits}f}{interval}"
         lines.append(f"| {method} | {len(seeds)} | {value} | {each} | {better} | {minutes:.1f} |")
     return "\n".join(lines)
 
