@@ -109,7 +109,10 @@ def draw_curves(suite, results):
         axes.plot(steps, point, linewidth=2.2, label=f"{method} (n = {len(seeds)})", **style)
     axes.set(xlabel=step_name, ylabel=score_name)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    if len(results) > 4:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    else:
+        axes.legend(frameon=False, fontsize=9)
     figure.savefig(FIGURES / f"{suite}.png", dpi=120)
     plt.close(figure)
 
@@ -123,7 +126,7 @@ def write_table(suite, results):
     for method, (seeds, _, scores) in results.items():
         point, (low, high) = (np.ravel(x) if i == 0 else x for i, x in enumerate(aggregate(scores[:, -1:])))
         better = "-"
-        if method != first:
+        if method != first and min(len(seeds), len(results[first][0])) > 1:
             p, (p_low, p_high) = improvement(scores[:, -1], results[first][2][:, -1])
             better = f"{p:.2f} [{p_low:.2f}, {p_high:.2f}]"
         folder = RESULTS / suite / method.replace(" ", "_")
