@@ -23,7 +23,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from suites import SUITES  # noqa: E402
+from suites import SUITES, folder_of  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
@@ -62,7 +62,7 @@ def read_suite(suite):
     runs of a method were evaluated at different steps."""
     results = {}
     for method in SUITES[suite]["methods"]:
-        folder = RESULTS / suite / method.replace(" ", "_")
+        folder = folder_of(RESULTS, suite, method)
         seeds = sorted(int(path.name) for path in folder.glob("*") if (path / "manifest.json").exists())
         if not seeds:
             continue
@@ -129,7 +129,7 @@ def write_table(suite, results):
         if method != first and min(len(seeds), len(results[first][0])) > 1:
             p, (p_low, p_high) = improvement(scores[:, -1], results[first][2][:, -1])
             better = f"{p:.2f} [{p_low:.2f}, {p_high:.2f}]"
-        folder = RESULTS / suite / method.replace(" ", "_")
+        folder = folder_of(RESULTS, suite, method)
         manifests = [json.loads((folder / str(seed) / "manifest.json").read_text()) for seed in seeds]
         minutes = np.mean([manifest["wall_seconds"] for manifest in manifests]) / 60
         each = ", ".join(f"{score:.{digits}f}" for score in scores[:, -1])
@@ -173,7 +173,7 @@ def draw_tasks():
 
 def draw_heatmap():
     """The greedy policy of the quickstart's first run over all tasks, as figures/heatmap.png."""
-    folder = RESULTS / "quickstart" / "freeze_2_+_PiSCO" / "1"
+    folder = folder_of(RESULTS, "quickstart", "freeze 2 + PiSCO") / "1"
     greedy = json.loads((folder / "evaluation.json").read_text())["greedy"]
     trained = ppo_pisco.parse_jump_tasks(",".join(greedy["trained_tasks"]))
     own = np.mean([greedy["solved"][f"{x}:{y}"] for x, y in trained])

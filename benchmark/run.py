@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
-from suites import SUITES  # noqa: E402
+from suites import SUITES, folder_of  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
 WORK = ROOT / "benchmark" / "runs"  # unfinished runs
@@ -76,7 +76,7 @@ class Run:
         return " ".join(["python", *self.flags])
 
     def folder(self, parent):
-        return parent / self.suite / self.method.replace(" ", "_") / str(self.seed)
+        return folder_of(parent, self.suite, self.method) / str(self.seed)
 
 
 def choose_runs(args):

@@ -63,3 +63,8 @@ SUITES = {
         },
     },
 }
+
+
+def folder_of(parent, suite, method):
+    """The folder of a method's runs under `parent`, one folder a seed in it."""
+    return parent / suite / method.replace(" ", "_")

@@ -109,6 +109,20 @@ def kill_at(monkeypatch, owner, name, nth, first=lambda *args: None):
     monkeypatch.setattr(owner, name, deadly)
 
 
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Bomb:
+    """Makes the file `marker` when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
 def metrics(folder):
     """metrics.csv as a list of dicts of text, without the speed."""
     with open(folder / "metrics.csv", newline="") as file:

@@ -13,7 +13,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, encoder_file, kill_at
+from conftest import ROOT, Bomb, encoder_file, kill_at, snapshot
 from drqv2_common import assert_same_end, command, resume, shorten_episodes, train, train_until_killed
 from drqv2_pisco import Args, DMCPixels, Encoder, save_encoder
 
@@ -47,20 +47,6 @@ def error_of(capsys, argv):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("drqv2_pisco.py: error: ")
     return line
-
-
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class Bomb:
-    """Makes the file `marker` when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
 
 
 # --- Values ----------------------------------------------------------------------------------------------------------

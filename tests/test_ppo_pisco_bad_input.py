@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import (
-    ROOT, assert_same_end, command, encoder_file, kill_at, resume, train_until_killed,
+    ROOT, Bomb, assert_same_end, command, encoder_file, kill_at, resume, snapshot, train_until_killed,
 )  # fmt: skip
 from ppo_pisco import Args, Encoder, save_encoder
 
@@ -45,20 +45,6 @@ def error_of(capsys, argv):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ppo_pisco.py: error: ")
     return line
-
-
-def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class Bomb:
-    """Makes the file `marker` when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return open, (self.marker, "w")
 
 
 # --- Values ----------------------------------------------------------------------------------------------------------
