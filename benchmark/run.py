@@ -7,8 +7,10 @@
     python benchmark/run.py dmc-small --dry-run                  # print the commands, run nothing
 
 Every run is one of the repository's programs, which Ray starts where there is room. A finished one leaves metrics.csv,
-evaluation.json and manifest.json under benchmark/results/SUITE/METHOD/SEED/ and is skipped from then on. A killed one
-goes on from its checkpoint, a failed one is tried once more and then reported. After Ctrl-C the same command goes on.
+evaluation.json and manifest.json under benchmark/results/SUITE/METHOD/SEED/ and is skipped from then on, as is one that
+another suite has run with the same command and the same number of cores: its results are copied. Networks stay in
+benchmark/runs/weights/ of this machine. A killed run goes on from its checkpoint, a failed one is tried once more and
+then reported. After Ctrl-C the same command goes on.
 """
 
 import ctypes
@@ -29,11 +31,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
-from suites import SUITES, folder_of  # noqa: E402
+from suites import SUITES, folder_of, weights_folder  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
 WORK = ROOT / "benchmark" / "runs"  # unfinished runs
 KEPT = ("metrics.csv", "evaluation.json")
+NETWORKS = ("encoder.safetensors", "model.safetensors")  # for further measurements, too large for the results
 PACKAGES = ("torch", "gymnasium", "envpool", "dm-control", "mujoco", "numpy")
 
 
@@ -104,6 +107,17 @@ def is_finished(run):
     return True
 
 
+def share(run, cpus):
+    """Copies the results of another suite's run of the same command on as many cores, if there are any. Returns whether
+    there were."""
+    for path in sorted(RESULTS.glob("*/*/*/manifest.json")):
+        manifest = json.loads(path.read_text())
+        if manifest["command"] == run.command and manifest["cores_per_run"] == cpus:
+            put(run, {other.name: other.read_bytes() for other in path.parent.iterdir()})
+            return True
+    return False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # On the machine that runs the program
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,24 +161,36 @@ def execute(command, flags, work, cpus):
     files = {}
     if process.returncode == 0:
         (folder,) = (path.parent for path in work.glob("*/args.json"))
-        files = {name: (folder / name).read_bytes() for name in KEPT}
+        found = [folder / name for name in KEPT + NETWORKS]
+        files = {path.name: path.read_bytes() for path in found if path.exists()}
     return process.returncode, files, about, (work / "output.txt").read_text(errors="replace")[-2000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On the machine that keeps the results
 # ---------------------------------------------------------------------------------------------------------------------
-def keep(run, files, about):
-    """Puts a finished run's files and its manifest into the results folder, all at once."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    manifest = {"command": run.command, "commit": commit, **about}
+def put(run, files):
+    """Puts files {name: bytes} into the run's folder of the results, all at once."""
     folder = run.folder(RESULTS)
     partial = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, content in (files | {"manifest.json": json.dumps(manifest, indent=1).encode() + b"\n"}).items():
+    for name, content in files.items():
         (partial / name).write_bytes(content)
     os.replace(partial, folder)
+
+
+def keep(run, files, about):
+    """Keeps a finished run's files and its manifest as results, and its networks on this machine."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    manifest = {"command": run.command, "commit": commit, **about}
+    weights = weights_folder(WORK, run.flags)
+    weights.mkdir(parents=True, exist_ok=True)
+    for name in NETWORKS:
+        if name in files:
+            (weights / name).write_bytes(files[name])
+    results = {name: files[name] for name in KEPT}
+    put(run, results | {"manifest.json": json.dumps(manifest, indent=1).encode() + b"\n"})
     shutil.rmtree(run.folder(WORK), ignore_errors=True)
 
 
@@ -209,6 +235,8 @@ def main(argv=None):
     try:
         runs = choose_runs(args)
         left = [run for run in runs if not is_finished(run)]
+        if not args.dry_run:
+            left = [run for run in left if not share(run, args.cpus)]
         print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
         if args.dry_run:
             print("\n".join(run.command for run in left))

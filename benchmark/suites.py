@@ -11,6 +11,28 @@ DMC_SMALL = (
     "--stddev-steps 8000 --seed-frames 2000 --explore-steps 250"
 )
 
+# MSR Jump
+JUMP_FROZEN = "--freeze-layers 2"  # the bottom: the two layers whose stride the task sets' lattice has
+# The losses' weights by jump-coef, which knows nothing of the target tasks.
+COEF = {"pisco": 0.1, "simsiam": 0.1, "curl": 0.1, "consistency": 0.1}
+SSL = {name: f"--ssl {name} --ssl-coef {coef}" for name, coef in COEF.items()} | {"none": "--ssl none"}
+# The seven obstacles of source and target on a floor of neither: what jump-coef chooses by.
+VALIDATION = ",".join(f"{obstacle}:26" for obstacle in range(20, 45, 4))
+SCRATCH = "--encoder-weights none --freeze-layers 0"
+STATE = "--encoder-weights encoders/jump-v0__nature__state.safetensors"
+JUMP_TRANSFER = {
+    "from scratch": f"{SCRATCH} {SSL['none']}",
+    "from scratch + PiSCO": f"{SCRATCH} {SSL['pisco']}",
+    "frozen": f"--freeze-layers 4 {SSL['none']}",
+    "finetuned": f"--freeze-layers 0 {SSL['none']}",
+    "finetuned + PiSCO": f"--freeze-layers 0 {SSL['pisco']}",
+    "frozen bottom": f"{JUMP_FROZEN} {SSL['none']}",
+    "frozen bottom + SimSiam": f"{JUMP_FROZEN} {SSL['simsiam']}",
+    "frozen bottom + CURL": f"{JUMP_FROZEN} {SSL['curl']}",
+    "frozen bottom + consistency": f"{JUMP_FROZEN} {SSL['consistency']}",
+    "frozen bottom + PiSCO": f"{JUMP_FROZEN} {SSL['pisco']}",
+}
+
 SUITES = {
     # The README's main command beside the same number of steps from scratch.
     "quickstart": {
@@ -20,27 +42,65 @@ SUITES = {
             "from scratch": "--encoder-weights none --freeze-layers 0 --ssl none",
         },
     },
-    # Which part of a pretrained encoder is of use on the target tasks, and which loss on top?
-    "jump-transfer": {
-        "program": "ppo_pisco.py",
+    # Are PPO's settings good ones? On source tasks, from scratch, nothing of PiSCO.
+    "jump-ppo": {
+        "program": f"ppo_pisco.py --jump-tasks source {SCRATCH} --ssl none",
         "methods": {
-            "from scratch": "--encoder-weights none --ssl none",
-            "from scratch + PiSCO": "--encoder-weights none --ssl pisco",
-            "frozen": "--freeze-layers all --ssl none",
-            "finetuned": "--ssl none",
-            "finetuned + PiSCO": "--ssl pisco",
-            "frozen bottom": "--freeze-layers 2 --ssl none",
-            "frozen bottom + SimSiam": "--freeze-layers 2 --ssl simsiam",
-            "frozen bottom + CURL": "--freeze-layers 2 --ssl curl",
-            "frozen bottom + consistency": "--freeze-layers 2 --ssl consistency",
-            "frozen bottom + PiSCO": "--freeze-layers 2 --ssl pisco",
+            "defaults": "",
+            "learning rate 3e-4": "--learning-rate 3e-4",
+            "annealed learning rate": "--anneal-lr",
+            "64 copies": "--num-envs 64",
+            "entropy 0.003": "--ent-coef 0.003",
         },
     },
+    # The same small grid of weights for every loss, on validation tasks, half the budget.
+    "jump-coef": {
+        "program": f"ppo_pisco.py --jump-tasks {VALIDATION} {JUMP_FROZEN} --total-timesteps 51200",
+        "methods": {"none": "--ssl none"}
+        | {f"{ssl} {coef}": f"--ssl {ssl} --ssl-coef {coef}" for ssl in COEF for coef in (0.03, 0.1, 0.3, 1.0)},
+    },
+    # Which part of a pretrained encoder is of use on the target tasks, and which loss on top?
+    "jump-transfer": {"program": "ppo_pisco.py", "methods": JUMP_TRANSFER},
     # How deep to freeze?
     "jump-depth": {
         "program": "ppo_pisco.py",
         "methods": {
-            f"{k} frozen, {ssl}": f"--freeze-layers {k} --ssl {ssl}" for ssl in ("none", "pisco") for k in range(5)
+            f"{k} frozen, {ssl}": f"--freeze-layers {k} {SSL[ssl]}" for ssl in ("none", "pisco") for k in range(5)
+        },
+    },
+    # Is finetuning needed even where the features hold the whole state?
+    "jump-state": {
+        "program": "",
+        "methods": {
+            "linear policy on the true state": "benchmark/linear_state.py",
+            "state encoder, frozen": f"ppo_pisco.py {STATE} --freeze-layers 4 {SSL['none']}",
+            "state encoder, frozen bottom": f"ppo_pisco.py {STATE} {JUMP_FROZEN} {SSL['none']}",
+            "state encoder, finetuned": f"ppo_pisco.py {STATE} --freeze-layers 0 {SSL['none']}",
+        },
+    },
+    # The encoders and policies of jump-transfer: do they stand noise, and how fast does a linear policy learn on them?
+    "jump-noise": {
+        "program": "benchmark/jump_noise.py",
+        "methods": {
+            method: JUMP_TRANSFER[method]
+            for method in (
+                "from scratch",
+                "frozen",
+                "finetuned",
+                "finetuned + PiSCO",
+                "frozen bottom",
+                "frozen bottom + PiSCO",
+            )
+        },
+    },
+    # Generalisation from 18 tasks to the grid's 286.
+    "jump-grid": {
+        "program": f"ppo_pisco.py {SCRATCH} --total-timesteps 307200 --eval-interval 30720",
+        "score": "eval/greedy_grid_success",
+        "methods": {
+            f"{tasks}, {ssl}": f"--jump-tasks {tasks} {SSL[ssl]}"
+            for tasks in ("wide", "narrow", "random")
+            for ssl in ("none", "pisco")
         },
     },
     # Does DrQ-v2 learn within an hour on a CPU?
@@ -68,3 +128,8 @@ SUITES = {
 def folder_of(parent, suite, method):
     """The folder of a method's runs under `parent`, one folder a seed in it."""
     return parent / suite / method.replace(" ", "_")
+
+
+def weights_folder(work, flags):
+    """The folder below `work` with the networks that the program and flags [program, flag, ...] have trained here."""
+    return work / "weights" / "_".join(flags).replace("/", "-")

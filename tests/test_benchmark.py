@@ -18,6 +18,7 @@ with open(folder / "calls.txt", "a") as file:
 print("some output")
 if "--fail" in words and "--resume" not in words:
     sys.exit(3)
+(folder / "encoder.safetensors").write_text("weights")
 (folder / "metrics.csv").write_text("frame\\n" + (folder / "calls.txt").read_text())
 (folder / "evaluation.json").write_text("{}")
 """
@@ -53,12 +54,14 @@ def test_every_suite_names_flags_that_its_program_knows(runner):
     import drqv2_pisco
     import ppo_pisco
 
+    modules = {"drqv2_pisco.py": drqv2_pisco}  # all others run ppo_pisco.py
     for name, suite in runner.SUITES.items():
         if name == "tiny":
             continue
         for method in suite["methods"]:
             program, *flags = runner.Run(name, method, 1).flags
-            module = {"ppo_pisco.py": ppo_pisco, "drqv2_pisco.py": drqv2_pisco}[program]
+            assert (ROOT / program).exists()
+            module = modules.get(program, ppo_pisco)
             module.check_args(module.parse_args(flags))
 
 
@@ -96,6 +99,8 @@ def test_finished_run_is_kept_and_skipped(runner, capsys):
     assert set(manifest["versions"]) == {"python", *runner.PACKAGES} and "cores" in manifest["hardware"]
     assert len(manifest["commit"]) == 40
     assert not run.folder(runner.WORK).exists()
+    weights = runner.weights_folder(runner.WORK, run.flags)
+    assert [path.name for path in weights.iterdir()] == ["encoder.safetensors"] and weights.name.endswith("--seed_1")
     assert runner.is_finished(run)
     assert runner.main(["tiny", "--seeds", "1", "--methods", "one method"]) == 0
     assert capsys.readouterr().out == "tiny: 1 runs, 1 of them finished\n"
@@ -107,6 +112,24 @@ def test_results_of_another_command_are_not_taken_for_this_ones(runner, capsys):
     runner.SUITES["tiny"]["methods"]["one method"] = "--x 3"
     assert runner.main(["tiny", "--seeds", "1"]) == 2
     assert "delete the folder" in capsys.readouterr().err
+
+
+def test_same_command_of_another_suite_is_not_run_again(runner, monkeypatch, capsys):
+    first = runner.Run("tiny", "one method", 1)
+    runner.keep(first, *execute(runner, first)[1:3])
+    monkeypatch.setitem(runner.SUITES, "twin", {**runner.SUITES["tiny"], "methods": {"renamed": "--x 2", "new": "--x 3"}})
+    monkeypatch.setattr(runner, "run_all", lambda runs, args: [])
+    assert runner.main(["twin", "--seeds", "1", "--cpus", "4"]) == 0  # on other cores the numbers differ
+    assert capsys.readouterr().out == "twin: 2 runs, 0 of them finished\n"
+    assert runner.main(["twin", "--seeds", "1", "--cpus", "2", "--dry-run"]) == 0
+    assert not (runner.RESULTS / "twin").exists()
+    capsys.readouterr()
+    assert runner.main(["twin", "--seeds", "1", "--cpus", "2"]) == 0
+    assert capsys.readouterr().out == "twin: 2 runs, 1 of them finished\n"
+    copy = runner.RESULTS / "twin" / "renamed" / "1"
+    for path in first.folder(runner.RESULTS).iterdir():
+        assert (copy / path.name).read_bytes() == path.read_bytes()
+    assert not (runner.RESULTS / "twin" / "new").exists()
 
 
 def test_killed_run_goes_on_and_one_of_other_flags_does_not(runner):

@@ -1,0 +1,98 @@
+"""How robust are a run's features on MSR Jump, and how easy are they to learn from?
+
+    python benchmark/jump_noise.py --freeze-layers 2 --ssl none --seed 1
+
+Takes the flags of `ppo_pisco.py` and trains with them, unless benchmark/run.py has done so on this machine. Then
+
+- it plays the target tasks and the grid greedily while every pixel gets Gaussian noise, of growing standard deviation,
+- and it trains a fresh linear policy on the encoder's final features, all of its layers frozen, without any
+  self-supervised loss: the learning curve tells how easy they are to learn from.
+
+Leaves the second training's run folder, with the noise's results in its evaluation.json under "noise".
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from suites import weights_folder  # noqa: E402
+
+import ppo_pisco  # noqa: E402
+
+WORK = ROOT / "benchmark" / "runs"
+STDS = (0, 2, 4, 8, 16, 32, 64)  # grey levels of 255
+DRAWS = 5  # of the noise, for every standard deviation
+HEAD = ["--freeze-layers", "all", "--ssl", "none", "--total-timesteps", "51200", "--eval-interval", "2048"]
+
+
+def run_ppo(flags):
+    """Runs ppo_pisco.py. Raises CalledProcessError where it fails."""
+    subprocess.run([sys.executable, str(ROOT / "ppo_pisco.py"), *flags], check=True)
+
+
+def trained_folder(flags, runs_dir):
+    """A folder with the networks that `ppo_pisco.py FLAGS` leaves: of an earlier run, or trained now below runs_dir."""
+    kept = weights_folder(WORK, ["ppo_pisco.py", *flags])
+    if (kept / "model.safetensors").exists():
+        return kept
+    run_ppo([*flags, "--runs-dir", str(runs_dir / "training")])
+    return max((runs_dir / "training").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime).parent
+
+
+@torch.no_grad()
+def noise_table(folder):
+    """{standard deviation: {"target": share of solved tasks, "grid": the same}} of the greedy policy in `folder`."""
+    args = ppo_pisco.Args(ssl="none")
+    tasks = ppo_pisco.evaluation_tasks(args)
+    envs = ppo_pisco.ImageEnvs(args, len(tasks), args.seed, training=False)
+    agent = ppo_pisco.Agent(args, envs.obs_shape, envs.num_actions).to(memory_format=torch.channels_last)
+    tensors = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
+    agent.load_state_dict({name: tensor for name, tensor in tensors.items() if name in agent.state_dict()})
+    count = len(ppo_pisco.parse_jump_tasks(args.jump_tasks))
+    grid = [tasks.index(task) for task in ppo_pisco.JUMP_GRID]
+    torch.manual_seed(0)  # the same noise for every method and seed
+    table = {}
+    for std in STDS:
+        solved = []
+        for _ in range(DRAWS if std else 1):
+            noisy = lambda obs: agent(ppo_pisco.random_noise(obs, std))  # noqa: B023, E731
+            episodes = ppo_pisco.play_episodes(noisy, envs, torch.device("cpu"), True, 0)
+            solved.append([episode["success"] for episode in episodes])
+        solved = np.mean(solved, axis=0)  # (tasks,)
+        table[std] = {"target": float(solved[:count].mean()), "grid": float(solved[grid].mean())}
+    return table
+
+
+def main(argv=None):
+    """Runs the command line `argv`. Returns the exit code, ppo_pisco.py's where that fails."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if "--resume" in argv:
+            folder = Path(argv[argv.index("--resume") + 1])
+            networks = Path(json.loads((folder / "args.json").read_text())["encoder_weights"]).parent
+            run_ppo(argv)
+        else:
+            runs_dir = Path(argv[argv.index("--runs-dir") + 1] if "--runs-dir" in argv else "runs")
+            flags = [word for word in argv if word not in ("--runs-dir", str(runs_dir))]
+            networks = trained_folder(flags, runs_dir)
+            seed = flags[flags.index("--seed") + 1] if "--seed" in flags else "1"
+            encoder = ["--encoder-weights", str(networks / "encoder.safetensors"), "--exp-name", "head"]
+            run_ppo([*encoder, *HEAD, "--seed", seed, "--runs-dir", str(runs_dir)])
+            folder = max(runs_dir.glob("*__head__*/args.json"), key=lambda path: path.stat().st_mtime).parent
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    path = folder / "evaluation.json"
+    results = json.loads(path.read_text()) | {"noise": noise_table(networks)}
+    ppo_pisco.write_atomically(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+    print("noise:", ", ".join(f"std {std} target {x['target']:.2f}" for std, x in results["noise"].items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
