@@ -4,9 +4,10 @@
     python benchmark/plot.py                # everything
     python benchmark/plot.py quickstart     # one suite
 
-A suite's figure shows every seed faint and the interquartile mean over seeds strong, with a 95% stratified bootstrap
-interval (Agarwal et al. 2021, by rliable). Its table has the scores of the last evaluation, and the probability that
-a run of the method beats one of the suite's first method. A method without results is left out.
+Every figure shows the interquartile mean over seeds with a 95% stratified bootstrap interval (Agarwal et al. 2021, by
+rliable); learning curves have every seed, faint. A suite's table has two scores, the last evaluation's and the mean
+over all evaluations of a run, which tells how fast it learned, and the probability that a run of the method has a
+higher mean than one of the suite's first method. A method without results is left out.
 """
 
 import csv
@@ -16,6 +17,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -33,9 +35,32 @@ PAGES = [ROOT / "README.md", ROOT / "benchmark" / "README.md"]
 # Okabe and Ito's colours, which the colour-blind can tell apart; with dashes there are enough for twenty methods.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255", "#44aa99"]
 SCORES = {  # program: columns of metrics.csv for step and score, what they are called
-    "ppo_pisco.py": ("global_step", "eval/greedy_success", "environment steps", "target tasks solved (greedy)"),
+    "ppo_pisco.py": ("global_step", "eval/greedy_success", "environment steps", "tasks solved (greedy)"),
     "drqv2_pisco.py": ("frame", "episode_return", "frames", "return (mean of 10 episodes)"),
 }
+SCANS = {  # suites over a number: how a method's name tells it and what varies beside it, the axis' name and scale
+    "jump-coef": (r"(?P<group>\w+) (?P<x>[\d.]+)", "weight of the self-supervised loss (--ssl-coef)", "log"),
+    "jump-depth": (r"(?P<x>\d) frozen, (?P<group>\w+)", "frozen layers from the bottom (--freeze-layers)", "linear"),
+}
+# The paper's claims and what they predict: the first method's score is above the second's, or, with a margin, not
+# further below it than that.
+CLAIMS = [
+    ("1. finetuning is needed even where the features hold the whole state", 0.0, [
+        ("jump-state", "state encoder, finetuned", "state encoder, frozen"),
+    ]),
+    ("2. finetuned features are easier to learn from", 0.0, [("jump-noise", "finetuned", "frozen")]),
+    ("2. finetuned policies are more robust to noise", 0.0, [("noise", "finetuned", "frozen")]),
+    ("3. bottom layers transfer as they are: freezing them costs at most 0.05", 0.05, [
+        ("jump-depth", f"{k} frozen, none", "0 frozen, none") for k in (1, 2)
+    ]),
+    ("3. top layers must adapt", 0.0, [("jump-depth", f"{k} frozen, none", "4 frozen, none") for k in (2, 3)]),
+    ("4. frozen bottom + PiSCO beats the alternatives", 0.0, [
+        ("jump-transfer", "frozen bottom + PiSCO", other) for other in (
+            "from scratch", "frozen", "finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + SimSiam",
+            "frozen bottom + CURL", "frozen bottom + consistency",
+        )
+    ]),
+]  # fmt: skip
 REPS = 2_000  # bootstrap samples
 warnings.filterwarnings("ignore", "random_state is deprecated")  # rliable hands it on to arch
 
@@ -46,8 +71,29 @@ class Args:
     """a suite of benchmark/suites.py, or `all`"""
 
 
-def program_of(suite):
-    return SUITES[suite]["program"].split()[0]
+class Runs(NamedTuple):
+    """A method's kept runs: n seeds, evaluated after each of E steps."""
+
+    seeds: list
+    steps: np.ndarray  # (E,) float64
+    scores: np.ndarray  # (n, E) float64
+
+    @property
+    def both(self):
+        """Every run's last score and its mean score, (n, 2) float64."""
+        return np.stack([self.scores[:, -1], self.scores.mean(1)], 1)
+
+
+def columns_of(suite):
+    """Columns of metrics.csv for step and score, and their names."""
+    drq = SUITES[suite]["program"].startswith("drqv2_pisco.py")
+    step, score, *names = SCORES["drqv2_pisco.py" if drq else "ppo_pisco.py"]
+    return step, SUITES[suite].get("score", score), *names
+
+
+def digits_of(suite):
+    """Decimals of a score: shares of tasks have two, returns of up to 1,000 none."""
+    return 0 if SUITES[suite]["program"].startswith("drqv2_pisco.py") else 2
 
 
 def read_curve(folder, columns):
@@ -57,19 +103,37 @@ def read_curve(folder, columns):
     return np.array(rows).T
 
 
+def seed_folders(suite, method):
+    """{seed: folder} of the method's kept runs, in order."""
+    kept = [path.parent for path in folder_of(RESULTS, suite, method).glob("*/manifest.json")]
+    return {int(path.name): path for path in sorted(kept, key=lambda path: int(path.name))}
+
+
 def read_suite(suite):
-    """{method: (seeds, steps (E,), scores (n, E))} of the kept runs, by the suite's order. Raises ValueError where the
-    runs of a method were evaluated at different steps."""
+    """{method: Runs} of the kept runs, by the suite's order. Raises ValueError where a method's runs were evaluated at
+    different steps."""
     results = {}
     for method in SUITES[suite]["methods"]:
-        folder = folder_of(RESULTS, suite, method)
-        seeds = sorted(int(path.name) for path in folder.glob("*") if (path / "manifest.json").exists())
-        if not seeds:
+        folders = seed_folders(suite, method)
+        if not folders:
             continue
-        curves = [read_curve(folder / str(seed), SCORES[program_of(suite)][:2]) for seed in seeds]
+        curves = [read_curve(folder, columns_of(suite)[:2]) for folder in folders.values()]
         if len({tuple(steps) for steps, _ in curves}) > 1:
-            raise ValueError(f"{folder}: the seeds' evaluations are not at the same steps")
-        results[method] = (seeds, curves[0][0], np.stack([scores for _, scores in curves]))
+            raise ValueError(f"{suite}, {method}: the seeds' evaluations are not at the same steps")
+        results[method] = Runs(list(folders), curves[0][0], np.stack([scores for _, scores in curves]))
+    return results
+
+
+def read_noise():
+    """{method: (noise's standard deviations (S,), shares of target tasks solved (n, S))} of the kept runs of
+    jump-noise."""
+    results = {}
+    for method in SUITES["jump-noise"]["methods"]:
+        texts = [(path / "evaluation.json").read_text() for path in seed_folders("jump-noise", method).values()]
+        tables = [json.loads(text)["noise"] for text in texts]
+        if tables:
+            shares = [[value["target"] for value in table.values()] for table in tables]
+            results[method] = np.array([float(std) for std in tables[0]]), np.array(shares)
     return results
 
 
@@ -85,57 +149,202 @@ def aggregate(scores):
     return points[""], intervals[""]
 
 
-def improvement(scores, others):
-    """Probability that a run with one of `scores` (n,) beats one with one of `others` (m,), and its 95% interval."""
-    from rliable import library, metrics
+def compare(scores, others, statistic):
+    """The statistic of scores (n,) and others (m,), and its 95% bootstrap interval (2,)."""
+    from rliable import library
 
     pair = {"": (scores[:, None], others[:, None])}
     random = np.random.RandomState(0)
-    points, intervals = library.get_interval_estimates(
-        pair, metrics.probability_of_improvement, reps=REPS, random_state=random
-    )
+    points, intervals = library.get_interval_estimates(pair, statistic, reps=REPS, random_state=random)
     return float(np.squeeze(points[""])), np.ravel(intervals[""])
+
+
+def improvement(scores, others):
+    """Probability that a run with one of `scores` (n,) beats one with one of `others` (m,), and its 95% interval."""
+    from rliable import metrics
+
+    return compare(scores, others, metrics.probability_of_improvement)
+
+
+def difference(scores, others):
+    """Mean of scores (n,) less the mean of others (m,), and its 95% interval."""
+    return compare(scores, others, lambda x, y: np.array([x.mean() - y.mean()]))
+
+
+def style_of(i):
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
+
+
+def draw_bands(axes, x, scores, label, style):
+    """Interquartile mean of scores (n, X) over x, with its interval."""
+    point, (low, high) = aggregate(scores)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    axes.plot(x, point, linewidth=2.2, label=f"{label} (n = {len(scores)})", **style)
 
 
 def draw_curves(suite, results):
     """Learning curves as benchmark/figures/SUITE.png."""
-    *_, step_name, score_name = SCORES[program_of(suite)]
+    *_, step_name, score_name = columns_of(suite)
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for i, (method, (seeds, steps, scores)) in enumerate(results.items()):
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
-        point, (low, high) = aggregate(scores)
-        axes.plot(steps, scores.T, alpha=0.25, linewidth=0.8, **style)
-        axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        axes.plot(steps, point, linewidth=2.2, label=f"{method} (n = {len(seeds)})", **style)
-    axes.set(xlabel=step_name, ylabel=score_name)
+    for i, (method, runs) in enumerate(results.items()):
+        axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style_of(i))
+        draw_bands(axes, runs.steps, runs.scores, method, style_of(i))
+    finish(figure, axes, suite, step_name, score_name, len(results))
+
+
+def finish(figure, axes, suite, x_name, y_name, entries):
+    """Axes' names, a legend of so many entries, and the file."""
+    axes.set(xlabel=x_name, ylabel=y_name)
     axes.grid(alpha=0.3)
-    if len(results) > 4:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    if entries > 4:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     else:
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(FIGURES / f"{suite}.png", dpi=120)
     plt.close(figure)
 
 
+def draw_scan(suite, results):
+    """Both scores over the number that the suite varies, as benchmark/figures/SUITE.png."""
+    pattern, x_name, scale = SCANS[suite]
+    lines = {}  # group: {x: runs}
+    for method, runs in results.items():
+        match = re.fullmatch(pattern, method)
+        group, x = (match["group"], float(match["x"])) if match else (method, None)
+        lines.setdefault(group, {})[x] = runs
+    figure, both = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", sharey=True)
+    for column, (axes, title) in enumerate(zip(both, ("at the end", "mean over the run"))):
+        for i, (group, runs) in enumerate(lines.items()):
+            points, intervals = zip(*(aggregate(one.both[:, column : column + 1]) for one in runs.values()))
+            label = f"{group} (n = {min(len(one.seeds) for one in runs.values())})"
+            if None in runs:  # a method without the number
+                axes.axhline(points[0][0], color=COLOURS[i], linestyle=":", label=label)
+                continue
+            low, high = np.array(intervals)[:, :, 0].T
+            axes.fill_between(list(runs), low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
+            axes.plot(list(runs), np.ravel(points), marker="o", color=COLOURS[i], label=label)
+        axes.set(xlabel=x_name, xscale=scale, title=title)
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel(columns_of(suite)[-1])
+    both[1].legend(frameon=False, fontsize=9)
+    figure.savefig(FIGURES / f"{suite}.png", dpi=120)
+    plt.close(figure)
+
+
+def draw_noise(suite, results):
+    """Success over the noise, and a fresh linear policy's learning curve, as benchmark/figures/jump-noise.png."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
+    for i, (method, (stds, shares)) in enumerate(read_noise().items()):
+        draw_bands(left, np.arange(len(stds)), shares, method, style_of(i))
+        left.set_xticks(np.arange(len(stds)), [f"{std:g}" for std in stds])
+        draw_bands(right, results[method].steps, results[method].scores, method, style_of(i))
+    left.set(
+        xlabel="noise, standard deviation in grey levels of 255", title="the trained policy, observations with noise"
+    )
+    left.set_ylabel("target tasks solved (greedy)")
+    left.grid(alpha=0.3)
+    right.set_title("a fresh linear policy on the frozen features")
+    finish(figure, right, suite, "environment steps", "", len(results) + 4)
+
+
+def draw_grid(suite, results):
+    """The share of seeds that solve each task of the grid, as benchmark/figures/jump-grid.png."""
+    methods = list(results)
+    rows = -(-len(methods) // 2)
+    figure, panels = plt.subplots(rows, 2, figsize=(9.5, 1.9 * rows), layout="constrained", squeeze=False)
+    (x0, y0), (x1, y1) = ppo_pisco.JUMP_GRID[0], ppo_pisco.JUMP_GRID[-1]
+    for axes, method in zip(panels.flat, methods):
+        evaluations = [
+            json.loads((path / "evaluation.json").read_text()) for path in seed_folders(suite, method).values()
+        ]
+        solved = [[e["greedy"]["solved"][f"{x}:{y}"] for x, y in ppo_pisco.JUMP_GRID] for e in evaluations]
+        share = np.mean(solved, axis=0).reshape(x1 - x0 + 1, y1 - y0 + 1).T  # (floors, obstacles)
+        extent = (x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5)
+        image = axes.imshow(share, origin="lower", extent=extent, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        trained = [name.split(":") for name in evaluations[0]["greedy"]["trained_tasks"]]
+        axes.scatter(*np.array(trained, dtype=int).T, s=14, facecolor="none", edgecolor="#d55e00")
+        axes.set_title(f"{method}: {share.mean():.0%} of the grid (n = {len(evaluations)})", fontsize=10)
+    figure.supxlabel("obstacle (pixels)", fontsize=10)
+    figure.supylabel("floor (pixels)", fontsize=10)
+    figure.colorbar(image, ax=panels, label="share of seeds that solve it", shrink=0.7)
+    figure.savefig(FIGURES / f"{suite}.png", dpi=120)
+    plt.close(figure)
+
+
+DRAW = {"jump-coef": draw_scan, "jump-depth": draw_scan, "jump-noise": draw_noise, "jump-grid": draw_grid}
+
+
+def with_interval(point, interval, digits, sign=""):
+    low, high = interval
+    return f"{point:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+
+
 def write_table(suite, results):
     """The suite's table as Markdown."""
     first, *_ = results
-    lines = [f"| method | n | interquartile mean [95%] | each seed | P(better than {first}) [95%] | minutes a run |"]
-    lines.append("|---|---|---|---|---|---|")
-    digits = 2 if program_of(suite) == "ppo_pisco.py" else 0
-    for method, (seeds, _, scores) in results.items():
-        point, (low, high) = (np.ravel(x) if i == 0 else x for i, x in enumerate(aggregate(scores[:, -1:])))
+    names = ["method", "n", "at the end", "mean over the run", f"P(better than {first})", "each seed", "minutes"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    digits = digits_of(suite)
+    for method, runs in results.items():
+        points, intervals = aggregate(runs.both)
+        values = [f"{point:.{digits}f}" for point in points]  # one run tells of no interval
+        if len(runs.seeds) > 1:
+            values = [with_interval(point, interval, digits) for point, interval in zip(points, intervals.T)]
         better = "-"
-        if method != first and min(len(seeds), len(results[first][0])) > 1:
-            p, (p_low, p_high) = improvement(scores[:, -1], results[first][2][:, -1])
-            better = f"{p:.2f} [{p_low:.2f}, {p_high:.2f}]"
-        folder = folder_of(RESULTS, suite, method)
-        manifests = [json.loads((folder / str(seed) / "manifest.json").read_text()) for seed in seeds]
+        if method != first and min(len(runs.seeds), len(results[first].seeds)) > 1:
+            better = with_interval(*improvement(runs.both[:, 1], results[first].both[:, 1]), 2)
+        manifests = [json.loads((path / "manifest.json").read_text()) for path in seed_folders(suite, method).values()]
         minutes = np.mean([manifest["wall_seconds"] for manifest in manifests]) / 60
-        each = ", ".join(f"{score:.{digits}f}" for score in scores[:, -1])
-        interval = f" [{low[0]:.{digits}f}, {high[0]:.{digits}f}]" if len(seeds) > 1 else ""  # one run tells of none
-        value = f"{point[0]:.{digits}f}{interval}"
-        lines.append(f"| {method} | {len(seeds)} | {value} | {each} | {better} | {minutes:.1f} |")
+        each = " ".join(f"{score:.{digits}f}" for score in runs.scores[:, -1])
+        lines.append(f"| {method} | {len(runs.seeds)} | {' | '.join(values)} | {better} | {each} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def write_noise_table():
+    """Success under noise as Markdown: a method in each row, a standard deviation in each column."""
+    results = read_noise()
+    stds = next(iter(results.values()))[0]
+    lines = ["| method | n | " + " | ".join(f"noise {std:g}" for std in stds) + " |", "|---|---|" + "---|" * len(stds)]
+    for method, (_, shares) in results.items():
+        points, _ = aggregate(shares)
+        lines.append(f"| {method} | {len(shares)} | " + " | ".join(f"{point:.2f}" for point in points) + " |")
+    return "\n".join(lines)
+
+
+def scores_of(suite, method):
+    """A method's scores for a verdict, (n, 2): at the end and mean over the run; for `noise` the success under the
+    strongest noise and the mean over all of it."""
+    if suite == "noise":
+        _, shares = read_noise().get(method, (None, np.zeros((0, 2))))
+        return np.stack([shares[:, -1], shares[:, 1:].mean(1)], 1)
+    runs = read_suite(suite).get(method)
+    return runs.both if runs else np.zeros((0, 2))
+
+
+def verdict(low, high, margin):
+    """What an interval of a gain says of the prediction that the gain is above -margin."""
+    return "supported" if low > -margin else "contradicted" if high < -margin else "inconclusive"
+
+
+def write_verdicts():
+    """Claims, predictions and what the kept runs say of them, as Markdown. Predictions without runs are left out."""
+    names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "n"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for claim, margin, predictions in CLAIMS:
+        for suite, better, worse in predictions:
+            scores, others = scores_of(suite, better), scores_of(suite, worse)
+            if min(len(scores), len(others)) < 2:
+                continue
+            end, mean = (difference(scores[:, i], others[:, i]) for i in (0, 1))
+            cells = [
+                claim,
+                "jump-noise" if suite == "noise" else suite,
+                f"{better} > {worse}",
+                verdict(*mean[1], margin),
+            ]
+            cells += [with_interval(*mean, 2, "+"), with_interval(*end, 2, "+"), f"{len(scores)}, {len(others)}"]
+            lines.append(f"| {' | '.join(cells)} |")
+            claim = ""
     return "\n".join(lines)
 
 
@@ -192,13 +401,18 @@ def main(argv=None):
         if not results:
             print(f"{suite}: no results\n")
             continue
-        draw_curves(suite, results)
-        table = write_table(suite, results)
-        insert_table(suite, table)
-        print(f"{suite}\n{table}\n")
+        DRAW.get(suite, draw_curves)(suite, results)
+        tables = {suite: write_table(suite, results)}
+        if suite == "jump-noise":
+            tables["noise"] = write_noise_table()
+        for name, table in tables.items():
+            insert_table(name, table)
+            print(f"{name}\n{table}\n")
     if args.suite in ("all", "quickstart"):
         draw_tasks()
         draw_heatmap()
+    if args.suite == "all":
+        insert_table("verdicts", write_verdicts())
     return 0
 
 

@@ -171,6 +171,60 @@ def test_suite_is_read_seed_by_seed_without_unfinished_runs(plot):
     assert seeds == [1, 10] and steps.tolist() == [10, 20] and scores.tolist() == [[0.25, 0.5], [0.75, 1.0]]
 
 
+def test_a_run_has_its_last_and_its_mean_score(plot):
+    assert plot.read_suite("tiny")["one method"].both.tolist() == [[0.5, 0.375], [1.0, 0.875]]
+
+
+def test_suite_may_name_its_score(plot, monkeypatch):
+    monkeypatch.setitem(plot.SUITES["tiny"], "score", "other")
+    assert plot.read_suite("tiny")["one method"].scores.tolist() == [[3.0], [3.0]]
+
+
+@pytest.mark.parametrize(
+    "low, high, margin, expected",
+    [
+        (0.01, 0.2, 0.0, "supported"),
+        (-0.01, 0.2, 0.0, "inconclusive"),
+        (-0.2, -0.01, 0.0, "contradicted"),
+        (-0.04, 0.1, 0.05, "supported"),
+        (-0.06, 0.1, 0.05, "inconclusive"),
+        (-0.2, -0.04, 0.05, "inconclusive"),
+        (-0.2, -0.06, 0.05, "contradicted"),
+    ],
+)
+def test_verdict(plot, low, high, margin, expected):
+    assert plot.verdict(low, high, margin) == expected
+
+
+def test_claims_name_methods_of_their_suites(plot):
+    for _, _, predictions in plot.CLAIMS:
+        for suite, better, worse in predictions:
+            assert {better, worse} <= plot.SUITES["jump-noise" if suite == "noise" else suite]["methods"].keys()
+
+
+def test_verdicts_read_gains_from_the_kept_runs(plot, monkeypatch):
+    monkeypatch.setattr(plot, "CLAIMS", [("a claim", 0.0, [("tiny", "one method", "one method")])])
+    monkeypatch.setattr(plot, "difference", lambda a, b: (a.mean() - 2 * b.mean(), (-0.9, -0.1)))
+    assert plot.write_verdicts().splitlines()[2] == (
+        "| a claim | tiny | one method > one method | contradicted | -0.62 [-0.90, -0.10] | -0.75 [-0.90, -0.10] | 2, 2 |"
+    )
+
+
+def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
+    monkeypatch.setitem(plot.SUITES, "jump-noise", {"program": "x", "methods": {"one": "", "none": ""}})
+    for seed, share in ((1, 0.5), (2, 0.25)):
+        folder = tmp_path / "jump-noise" / "one" / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        noise = {"0": {"target": 1.0, "grid": 0}, "8": {"target": share, "grid": 0}, "16": {"target": 0.0, "grid": 0}}
+        (folder / "evaluation.json").write_text(json.dumps({"noise": noise}))
+    stds, shares = plot.read_noise()["one"]
+    assert stds.tolist() == [0, 8, 16] and shares.tolist() == [[1, 0.5, 0], [1, 0.25, 0]]
+    assert list(plot.read_noise()) == ["one"]
+    assert plot.scores_of("noise", "one").tolist() == [[0, 0.25], [0, 0.125]]
+    assert plot.scores_of("noise", "none").shape == (0, 2)
+
+
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
     path = tmp_path / "tiny" / "one_method" / "1" / "metrics.csv"
     path.write_text(path.read_text().replace("20,", "21,"))
