@@ -9,11 +9,9 @@ Updates are measured on random images, rendering on random actions. The peer's o
 its update does not use, need not be installed.
 """
 
-import csv
 import multiprocessing
 import os
 import platform
-import statistics
 import sys
 import time
 import types
@@ -25,7 +23,9 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from report import take_samples, write_report  # noqa: E402
+
 import drqv2_pisco  # noqa: E402
 
 NUM_ACTIONS = 6  # as in walker
@@ -154,24 +154,12 @@ def main():
     for function, unit in list(measured.values()):  # warms up
         if unit == "s":
             function()
-    samples = {name: [] for name in measured}
-    for repeat in range(args.repeats):
-        for name, (function, unit) in measured.items():
-            samples[name].append(function())
-            print(f"repeat {repeat + 1}: {name}: {samples[name][-1]:.4g} {unit}", flush=True)
+    samples = take_samples(measured, args.repeats)
     if args.peer:
         connection.send(False)
-    median = {name: statistics.median(values) for name, values in samples.items()}
-    rows = [(name, f"{value:.4g}", measured[name][1]) for name, value in median.items()]
-    rows += [(f"{a} / {b}", f"{median[a] / median[b]:.2f}", meaning) for a, b, meaning in ratios]
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    hardware += f", {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    rows.append(("machine", hardware, f"{args.repeats} repeats"))
-    for row in rows:
-        print(f"{row[0]:<50} {row[1]:>12}  {row[2]}")
-    if args.output:
-        with open(args.output, "w", newline="") as file:
-            csv.writer(file).writerows([("what", "value", "unit or meaning"), *rows])
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    machine += f", {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    write_report(samples, {name: unit for name, (_, unit) in measured.items()}, ratios, machine, args.output)
 
 
 if __name__ == "__main__":

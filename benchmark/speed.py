@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,9 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+from report import take_samples, write_report  # noqa: E402
+
 import ppo_pisco  # noqa: E402
 
 # CleanRL's own defaults for Atari: both programs get them.
@@ -85,7 +86,7 @@ def peer(command, flags, steps):
 def main():
     args = tyro.cli(Args, description=__doc__)
     measured = {
-        "jump environment": lambda: jump_steps_per_second(),
+        "jump environment": jump_steps_per_second,
         "jump, none, 0 frozen": lambda: ours("--ssl none", 8 * args.steps),
         "jump, none, 2 frozen": lambda: ours("--ssl none --freeze-layers 2 --freeze-random", 8 * args.steps),
         "jump, pisco, 2 frozen": lambda: ours("--ssl pisco --freeze-layers 2 --freeze-random", 8 * args.steps),
@@ -102,21 +103,9 @@ def main():
     if args.peer:
         measured["pong, peer"] = lambda: peer(args.peer, ATARI, args.steps)
         ratios.append(("pong, none, 0 frozen", "pong, peer", "speed-up over the peer"))
-    samples = {name: [] for name in measured}
-    for repeat in range(args.repeats):
-        for name, function in measured.items():
-            samples[name].append(function())
-            print(f"repeat {repeat + 1}: {name}: {samples[name][-1]:,.0f} steps/s", flush=True)
-    median = {name: statistics.median(values) for name, values in samples.items()}
-    rows = [(name, f"{value:.0f}", "steps/s") for name, value in median.items()]
-    rows += [(f"{a} / {b}", f"{median[a] / median[b]:.2f}", meaning) for a, b, meaning in ratios]
-    hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    rows.append(("machine", hardware, f"{args.repeats} repeats"))
-    for row in rows:
-        print(f"{row[0]:<50} {row[1]:>12}  {row[2]}")
-    if args.output:
-        with open(args.output, "w", newline="") as file:
-            csv.writer(file).writerows([("what", "value", "unit or meaning"), *rows])
+    samples = take_samples({name: (function, "steps/s") for name, function in measured.items()}, args.repeats)
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    write_report(samples, dict.fromkeys(samples, "steps/s"), ratios, machine, args.output)
 
 
 if __name__ == "__main__":

@@ -243,3 +243,23 @@ def test_table_goes_between_its_marks_alone(plot, tmp_path, monkeypatch):
 def test_unknown_suite(plot, capsys):
     assert plot.main(["bogus"]) == 2
     assert capsys.readouterr().err.startswith("plot.py: error: suite 'bogus'")
+
+
+# --- Speed's report --------------------------------------------------------------------------------------------------
+def test_report_has_medians_and_their_ratios(monkeypatch, tmp_path, capsys):
+    report = load("report", monkeypatch)
+    numbers = {"ours": iter([1.0, 3.0, 2.0]), "peer": iter([4000.4, 9000.0, 6000.0])}
+    calls = []
+    measured = {
+        name: (lambda name=name: calls.append(name) or next(numbers[name]), unit)
+        for name, unit in (("ours", "s"), ("peer", "steps/s"))
+    }
+    samples = report.take_samples(measured, 3)
+    assert samples == {"ours": [1.0, 3.0, 2.0], "peer": [4000.4, 9000.0, 6000.0]} and calls == ["ours", "peer"] * 3
+    path = tmp_path / "report.csv"
+    report.write_report(samples, {"ours": "s", "peer": "steps/s"}, [("peer", "ours", "x")], "a machine", path)
+    assert path.read_text().split() == [
+        "what,value,unit", "or", "meaning", "ours,2,s", "peer,6000,steps/s", "peer", "/", "ours,3000.00,x",
+        "machine,a", "machine,3", "repeats",
+    ]  # fmt: skip
+    assert "peer / ours" in capsys.readouterr().out
