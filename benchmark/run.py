@@ -186,6 +186,7 @@ def keep(run, files, about):
     manifest = {"command": run.command, "commit": commit, **about}
     weights = weights_folder(WORK, run.flags)
     weights.mkdir(parents=True, exist_ok=True)
+    (weights / "command.txt").write_text(run.command + "\n")  # the folder's name tells nobody
     for name in NETWORKS:
         if name in files:
             (weights / name).write_bytes(files[name])

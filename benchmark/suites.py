@@ -4,12 +4,55 @@ What stands beside a method's name is all that sets it apart. Every flag is the 
 --help`, `python drqv2_pisco.py --help`.
 """
 
+import hashlib
+from pathlib import Path
+
+
+def folder_of(parent, suite, method):
+    """The folder of a method's runs under `parent`, one folder a seed in it."""
+    return parent / suite / method.replace(" ", "_")
+
+
+def weights_folder(work, flags):
+    """The folder below `work` with the networks that the program and flags [program, flag, ...] have trained here."""
+    return work / "weights" / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
+
+
+def source_encoder(source):
+    """The path of the encoder that the first seed of dmc-source leaves for a source task."""
+    flags = f"{DMC_OFFICIAL} {DMC_SOURCES[source]} --seed 1".split()
+    return weights_folder(Path("benchmark/runs"), flags) / "encoder.safetensors"
+
+
 # DrQ-v2 on two CPU cores: small images, batches and networks, fewer and longer steps. Not the official settings.
 DMC_SMALL = (
     "drqv2_pisco.py --render-quality fast --image-size 64 --shift-pixels 3 --batch-size 64 --hidden-dim 256 "
     "--action-repeat 4 --update-every 1 --learning-rate 3e-4 --tau 0.02 --gamma 0.98 --nstep 1 --stddev-end 0.2 "
     "--stddev-steps 8000 --seed-frames 2000 --explore-steps 250"
 )
+
+# DrQ-v2 with its own settings, for a GPU
+DMC_OFFICIAL = "drqv2_pisco.py --encoder-weights none --ssl none --total-frames 100000"
+DMC_WALKER = "--nstep 1 --batch-size 512"
+DMC_SOURCES = {
+    "cartpole-balance": "--env-id cartpole-balance",
+    "walker-stand": f"--env-id walker-stand {DMC_WALKER}",
+    "walker-walk": f"--env-id walker-walk {DMC_WALKER}",
+    "hopper-stand": "--env-id hopper-stand",
+}
+DMC_TARGETS = {  # target task: its source and its own flags
+    "cartpole-swingup": ("cartpole-balance", ""),
+    "walker-walk": ("walker-stand", DMC_WALKER),
+    "walker-run": ("walker-walk", DMC_WALKER),
+    "hopper-hop": ("hopper-stand", ""),
+}
+DMC_METHODS = {
+    "from scratch": "--encoder-weights none --ssl none",
+    "frozen": "--encoder-weights {} --freeze-layers 4 --ssl none",
+    "finetuned": "--encoder-weights {} --freeze-layers 0 --ssl none",
+    "frozen bottom": "--encoder-weights {} --freeze-layers 2 --ssl none",
+    "frozen bottom + PiSCO": "--encoder-weights {} --freeze-layers 2 --ssl pisco",
+}
 
 # MSR Jump
 JUMP_FROZEN = "--freeze-layers 2"  # the bottom: the two layers whose stride the task sets' lattice has
@@ -113,23 +156,24 @@ SUITES = {
         "program": f"{DMC_SMALL} --env-id cartpole-swingup --total-frames 60000",
         "methods": {"freeze 2 + PiSCO": "--freeze-layers 2", "from scratch": "--encoder-weights none --ssl none"},
     },
-    # DrQ-v2 with its own settings, for a GPU; to compare with the official agent's published scores.
+    # To compare with the official agent's published scores.
     "dmc-official": {
-        "program": "drqv2_pisco.py --encoder-weights none --ssl none --total-frames 100000",
+        "program": DMC_OFFICIAL,
         "methods": {
-            "cartpole-balance": "--env-id cartpole-balance",
+            "cartpole-balance": DMC_SOURCES["cartpole-balance"],
             "cartpole-swingup": "--env-id cartpole-swingup",
-            "walker-stand": "--env-id walker-stand --nstep 1 --batch-size 512",
+            "walker-stand": DMC_SOURCES["walker-stand"],
+        },
+    },
+    # The encoders for dmc-transfer: seed 1 is enough.
+    "dmc-source": {"program": DMC_OFFICIAL, "methods": DMC_SOURCES},
+    # From the encoders of dmc-source, which this machine must have made, to harder tasks of the same body.
+    "dmc-transfer": {
+        "program": "drqv2_pisco.py --total-frames 100000",
+        "methods": {
+            f"{target}, {method}": f"--env-id {target} {own} {flags.format(source_encoder(source))}"
+            for target, (source, own) in DMC_TARGETS.items()
+            for method, flags in DMC_METHODS.items()
         },
     },
 }
-
-
-def folder_of(parent, suite, method):
-    """The folder of a method's runs under `parent`, one folder a seed in it."""
-    return parent / suite / method.replace(" ", "_")
-
-
-def weights_folder(work, flags):
-    """The folder below `work` with the networks that the program and flags [program, flag, ...] have trained here."""
-    return work / "weights" / "_".join(flags).replace("/", "-")

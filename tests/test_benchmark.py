@@ -100,7 +100,8 @@ def test_finished_run_is_kept_and_skipped(runner, capsys):
     assert len(manifest["commit"]) == 40
     assert not run.folder(runner.WORK).exists()
     weights = runner.weights_folder(runner.WORK, run.flags)
-    assert [path.name for path in weights.iterdir()] == ["encoder.safetensors"] and weights.name.endswith("--seed_1")
+    assert sorted(path.name for path in weights.iterdir()) == ["command.txt", "encoder.safetensors"]
+    assert (weights / "command.txt").read_text() == run.command + "\n"
     assert runner.is_finished(run)
     assert runner.main(["tiny", "--seeds", "1", "--methods", "one method"]) == 0
     assert capsys.readouterr().out == "tiny: 1 runs, 1 of them finished\n"
