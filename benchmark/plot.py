@@ -145,6 +145,7 @@ def aggregate(scores):
         return np.array([metrics.aggregate_iqm(x[..., i]) for i in range(x.shape[-1])])
 
     random = np.random.RandomState(0)
+    np.random.seed(0)  # rliable draws the second sample of a pair from NumPy's global generator
     points, intervals = library.get_interval_estimates({"": scores[:, None]}, iqm, reps=REPS, random_state=random)
     return points[""], intervals[""]
 
@@ -155,6 +156,7 @@ def compare(scores, others, statistic):
 
     pair = {"": (scores[:, None], others[:, None])}
     random = np.random.RandomState(0)
+    np.random.seed(0)  # rliable draws the second sample of a pair from NumPy's global generator
     points, intervals = library.get_interval_estimates(pair, statistic, reps=REPS, random_state=random)
     return float(np.squeeze(points[""])), np.ravel(intervals[""])
 
