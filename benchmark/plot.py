@@ -32,6 +32,7 @@ import ppo_pisco  # noqa: E402
 RESULTS = ROOT / "benchmark" / "results"
 FIGURES = ROOT / "benchmark" / "figures"
 PAGES = [ROOT / "README.md", ROOT / "benchmark" / "README.md"]
+DIGITS = {"ppo_pisco.py": 2, "drqv2_pisco.py": 0}  # decimals of a score: shares of tasks, returns of up to 1,000
 # Okabe and Ito's colours, which the colour-blind can tell apart; with dashes there are enough for twenty methods.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255", "#44aa99"]
 SCORES = {  # program: columns of metrics.csv for step and score, what they are called
@@ -84,16 +85,15 @@ class Runs(NamedTuple):
         return np.stack([self.scores[:, -1], self.scores.mean(1)], 1)
 
 
+def program_of(suite):
+    """The algorithm that the suite's runs are of."""
+    return "drqv2_pisco.py" if SUITES[suite]["program"].startswith("drqv2_pisco.py") else "ppo_pisco.py"
+
+
 def columns_of(suite):
     """Columns of metrics.csv for step and score, and their names."""
-    drq = SUITES[suite]["program"].startswith("drqv2_pisco.py")
-    step, score, *names = SCORES["drqv2_pisco.py" if drq else "ppo_pisco.py"]
+    step, score, *names = SCORES[program_of(suite)]
     return step, SUITES[suite].get("score", score), *names
-
-
-def digits_of(suite):
-    """Decimals of a score: shares of tasks have two, returns of up to 1,000 none."""
-    return 0 if SUITES[suite]["program"].startswith("drqv2_pisco.py") else 2
 
 
 def read_curve(folder, columns):
@@ -137,28 +137,33 @@ def read_noise():
     return results
 
 
-def aggregate(scores):
-    """Interquartile mean (E,) of scores (n, E) over the runs, and its 95% bootstrap interval (2, E)."""
-    from rliable import library, metrics
-
-    def iqm(x):  # (n, 1 task, E)
-        return np.array([metrics.aggregate_iqm(x[..., i]) for i in range(x.shape[-1])])
+def estimate(sample, statistic):
+    """The statistic of a sample of runs, or of a pair of samples, (n, 1 task, ...) each, and its 95% interval; the same
+    every time."""
+    from rliable import library
 
     random = np.random.RandomState(0)
     np.random.seed(0)  # rliable draws the second sample of a pair from NumPy's global generator
-    points, intervals = library.get_interval_estimates({"": scores[:, None]}, iqm, reps=REPS, random_state=random)
+    points, intervals = library.get_interval_estimates({"": sample}, statistic, reps=REPS, random_state=random)
     return points[""], intervals[""]
+
+
+def interquartile_mean(scores):
+    """Mean (E,) of scores (n, E) without the lowest and the highest quarter of the runs, whole runs, as rliable's
+    aggregate_iqm has it, which takes one step at a time and much longer."""
+    cut = len(scores) // 4
+    return np.sort(scores, axis=0)[cut : len(scores) - cut].mean(axis=0)
+
+
+def aggregate(scores):
+    """Interquartile mean (E,) of scores (n, E) over the runs, and its 95% bootstrap interval (2, E)."""
+    return estimate(scores[:, None], lambda x: interquartile_mean(x[:, 0]))
 
 
 def compare(scores, others, statistic):
     """The statistic of scores (n,) and others (m,), and its 95% bootstrap interval (2,)."""
-    from rliable import library
-
-    pair = {"": (scores[:, None], others[:, None])}
-    random = np.random.RandomState(0)
-    np.random.seed(0)  # rliable draws the second sample of a pair from NumPy's global generator
-    points, intervals = library.get_interval_estimates(pair, statistic, reps=REPS, random_state=random)
-    return float(np.squeeze(points[""])), np.ravel(intervals[""])
+    point, interval = estimate((scores[:, None], others[:, None]), statistic)
+    return float(np.squeeze(point)), np.ravel(interval)
 
 
 def improvement(scores, others):
@@ -191,14 +196,14 @@ def draw_curves(suite, results):
     for i, (method, runs) in enumerate(results.items()):
         axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style_of(i))
         draw_bands(axes, runs.steps, runs.scores, method, style_of(i))
-    finish(figure, axes, suite, step_name, score_name, len(results))
+    finish(figure, axes, suite, step_name, score_name, outside=len(results) > 4)
 
 
-def finish(figure, axes, suite, x_name, y_name, entries):
-    """Axes' names, a legend of so many entries, and the file."""
+def finish(figure, axes, suite, x_name, y_name, outside):
+    """Axes' names, a legend, inside or outside of them, and the file."""
     axes.set(xlabel=x_name, ylabel=y_name)
     axes.grid(alpha=0.3)
-    if entries > 4:
+    if outside:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     else:
         axes.legend(frameon=False, fontsize=9)
@@ -243,13 +248,11 @@ def draw_noise(suite, results):
         draw_bands(left, np.arange(len(stds)), shares, method, style_of(i))
         left.set_xticks(np.arange(len(stds)), [f"{std:g}" for std in stds])
         draw_bands(right, results[method].steps, results[method].scores, method, style_of(i))
-    left.set(
-        xlabel="noise, standard deviation in grey levels of 255", title="the trained policy, observations with noise"
-    )
-    left.set_ylabel("target tasks solved (greedy)")
+    left.set(xlabel="noise, standard deviation in grey levels of 255", ylabel="target tasks solved (greedy)")
+    left.set_title("the trained policy, observations with noise")
     left.grid(alpha=0.3)
     right.set_title("a fresh linear policy on the frozen features")
-    finish(figure, right, suite, "environment steps", "", len(results) + 4)
+    finish(figure, right, suite, "environment steps", "", outside=True)
 
 
 def draw_grid(suite, results):
@@ -289,7 +292,7 @@ def write_table(suite, results):
     first, *_ = results
     names = ["method", "n", "at the end", "mean over the run", f"P(better than {first})", "each seed", "minutes"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    digits = digits_of(suite)
+    digits = DIGITS[program_of(suite)]
     for method, runs in results.items():
         points, intervals = aggregate(runs.both)
         values = [f"{point:.{digits}f}" for point in points]  # one run tells of no interval
@@ -316,14 +319,14 @@ def write_noise_table():
     return "\n".join(lines)
 
 
-def scores_of(suite, method):
-    """A method's scores for a verdict, (n, 2): at the end and mean over the run; for `noise` the success under the
+def scores_of(suite):
+    """{method: scores for a verdict (n, 2)}: at the end and mean over the run; for `noise` the success under the
     strongest noise and the mean over all of it."""
     if suite == "noise":
-        _, shares = read_noise().get(method, (None, np.zeros((0, 2))))
-        return np.stack([shares[:, -1], shares[:, 1:].mean(1)], 1)
-    runs = read_suite(suite).get(method)
-    return runs.both if runs else np.zeros((0, 2))
+        return {
+            method: np.stack([shares[:, -1], shares[:, 1:].mean(1)], 1) for method, (_, shares) in read_noise().items()
+        }
+    return {method: runs.both for method, runs in read_suite(suite).items()}
 
 
 def verdict(low, high, margin):
@@ -335,19 +338,17 @@ def write_verdicts():
     """Claims, predictions and what the kept runs say of them, as Markdown. Predictions without runs are left out."""
     names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "n"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    suites = {suite for _, _, predictions in CLAIMS for suite, *_ in predictions}
+    scores = {suite: scores_of(suite) for suite in suites}
     for claim, margin, predictions in CLAIMS:
         for suite, better, worse in predictions:
-            scores, others = scores_of(suite, better), scores_of(suite, worse)
-            if min(len(scores), len(others)) < 2:
+            ours, others = (scores[suite].get(method, []) for method in (better, worse))
+            if min(len(ours), len(others)) < 2:
                 continue
-            end, mean = (difference(scores[:, i], others[:, i]) for i in (0, 1))
-            cells = [
-                claim,
-                "jump-noise" if suite == "noise" else suite,
-                f"{better} > {worse}",
-                verdict(*mean[1], margin),
-            ]
-            cells += [with_interval(*mean, 2, "+"), with_interval(*end, 2, "+"), f"{len(scores)}, {len(others)}"]
+            end, mean = (difference(ours[:, i], others[:, i]) for i in (0, 1))
+            folder = "jump-noise" if suite == "noise" else suite
+            cells = [claim, folder, f"{better} > {worse}", verdict(*mean[1], margin)]
+            cells += [with_interval(*mean, 2, "+"), with_interval(*end, 2, "+"), f"{len(ours)}, {len(others)}"]
             lines.append(f"| {' | '.join(cells)} |")
             claim = ""
     return "\n".join(lines)
