@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 import ppo_pisco  # noqa: E402
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # the programs that tests start: one thread each, as the tests run side by side
 
 # Four iterations of 4 copies x 8 steps, a checkpoint after each. The first collisions are at step 16, in the second.
 TINY = (

@@ -121,7 +121,7 @@ def test_no_renderer_works(tmp_path):
             continue  # it is installed here
         done = subprocess.run(
             [sys.executable, ROOT / "drqv2_pisco.py", *command(tmp_path / "runs")], capture_output=True, text=True,
-            env=os.environ | {"MUJOCO_GL": value, "OMP_NUM_THREADS": "1"}, timeout=100,
+            env=os.environ | {"MUJOCO_GL": value}, timeout=100,
         )  # fmt: skip
         assert done.returncode == 2 and not (tmp_path / "runs").exists()
         (line,) = done.stderr.splitlines()
@@ -344,7 +344,7 @@ def test_full_disk(stopped, finished):
     code += "sys.exit(drqv2_pisco.main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, "--resume", str(stopped)], preexec_fn=set_limit, capture_output=True, text=True,
-        timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        timeout=100, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith("drqv2_pisco.py: error: ") and "--resume" in done.stderr

@@ -278,7 +278,7 @@ def test_finished_run_is_left_as_it_is(finished, tmp_path):
 def test_kill_9_and_resume_in_processes_of_their_own(tmp_path, finished):
     code = "import sys, pytest; from drqv2_common import *; shorten_episodes(pytest.MonkeyPatch()); "
     code += "sys.exit(drqv2_pisco.main(sys.argv[1:]))"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     argv = [sys.executable, "-c", code, *command(tmp_path)]
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import os
 import pickle
 import resource
 import signal
@@ -353,7 +352,7 @@ def limited(argv, limit, size):
 
     done = subprocess.run(
         [sys.executable, ROOT / "ppo_pisco.py", *argv], preexec_fn=set_limit, capture_output=True, text=True,
-        timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=200,
     )  # fmt: skip
     return done.returncode, done.stderr
 

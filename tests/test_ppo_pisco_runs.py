@@ -353,8 +353,7 @@ def long_run(tmp_path_factory):
 def program(*arguments, **kwargs):
     """Starts ppo_pisco.py as a program of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, ROOT / "ppo_pisco.py", *arguments], env=environment, **(pipes | kwargs))
+    return subprocess.Popen([sys.executable, ROOT / "ppo_pisco.py", *arguments], **(pipes | kwargs))
 
 
 @pytest.mark.parametrize("number, rows", [(signal.SIGKILL, 1), (signal.SIGKILL, 12), (signal.SIGINT, 5)])

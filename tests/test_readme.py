@@ -27,7 +27,7 @@ INSTALL = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt &&
 def test_set_up_commands_install_the_same():
     main, tests = (re.search(rf"<!-- {name} -->\n```bash\n(.+)\n```", README).group(1) for name in ("main", "tests"))
     assert main == INSTALL + ".venv/bin/python ppo_pisco.py --freeze-layers 2"
-    assert tests == INSTALL + ".venv/bin/python -m pytest -q tests"
+    assert tests == INSTALL + ".venv/bin/python -m pytest -q -n auto tests"
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "ppo_pisco.py" in line and "pip install" not in line])
