@@ -229,7 +229,7 @@ def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
     stds, shares = plot.read_noise()["one"]
     assert stds.tolist() == [0, 8, 16] and shares.tolist() == [[1, 0.5, 0], [1, 0.25, 0]]
     assert list(plot.read_noise()) == ["one"]
-    assert plot.scores_of("noise")["one"].tolist() == [[0, 0.25], [0, 0.125]]
+    assert plot.scores_of("noise")["one"].tolist() == [[-1, -0.75], [-1, -0.875]]  # 1 without noise
 
 
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
