@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import pickle
+import os
 import resource
 import signal
 import subprocess
