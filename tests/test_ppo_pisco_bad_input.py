@@ -3,8 +3,8 @@
 import errno
 import json
 import math
-import pickle
 import os
+import pickle
 import resource
 import signal
 import subprocess
