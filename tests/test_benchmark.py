@@ -218,6 +218,13 @@ def test_verdicts_read_gains_from_the_kept_runs(plot, monkeypatch):
     )
 
 
+def test_prediction_without_runs_has_no_verdict(plot, monkeypatch):
+    monkeypatch.setitem(plot.SUITES, "jump-noise", {"program": "x", "methods": {"one": ""}})
+    claims = [("a claim", 0.0, [("tiny", "one method", "no runs"), ("noise", "one", "one")])]
+    monkeypatch.setattr(plot, "CLAIMS", claims)
+    assert len(plot.write_verdicts().splitlines()) == 2  # the table's head
+
+
 def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
     monkeypatch.setitem(plot.SUITES, "jump-noise", {"program": "x", "methods": {"one": "", "none": ""}})
     for seed, share in ((1, 0.5), (2, 0.25)):
@@ -230,6 +237,7 @@ def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
     assert stds.tolist() == [0, 8, 16] and shares.tolist() == [[1, 0.5, 0], [1, 0.25, 0]]
     assert list(plot.read_noise()) == ["one"]
     assert plot.scores_of("noise")["one"].tolist() == [[-1, -0.75], [-1, -0.875]]  # 1 without noise
+    assert list(plot.scores_of("noise")) == ["one"]
 
 
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
