@@ -98,6 +98,21 @@ SUITES = {
         "methods": {"none": "--ssl none"}
         | {f"{ssl} {coef}": f"--ssl {ssl} --ssl-coef {coef}" for ssl in COEF for coef in (0.03, 0.1, 0.3, 1.0)},
     },
+    # What stands in PiSCO's way? One change each, on the validation tasks of jump-coef.
+    "jump-pisco": {
+        "program": f"ppo_pisco.py --jump-tasks {VALIDATION} {JUMP_FROZEN} --total-timesteps 51200",
+        "methods": {
+            "none": SSL["none"],
+            "PiSCO": SSL["pisco"],
+            "shift 2": f"{SSL['pisco']} --shift-pixels 2",
+            "shift 8": f"{SSL['pisco']} --shift-pixels 8",
+            "noise": f"{SSL['pisco']} --augmentation noise",
+            "projector 64": f"{SSL['pisco']} --projector-dim 64",
+            "whole minibatch": f"{SSL['pisco']} --ssl-fraction 1",
+            "learning rate 3e-4": f"{SSL['pisco']} --learning-rate 3e-4",
+            "none, learning rate 3e-4": f"{SSL['none']} --learning-rate 3e-4",
+        },
+    },
     # Which part of a pretrained encoder is of use on the target tasks, and which loss on top?
     "jump-transfer": {"program": "ppo_pisco.py", "methods": JUMP_TRANSFER},
     # How deep to freeze?
