@@ -31,7 +31,7 @@ def pretrain(tmp_path, *flags):
 
 def test_writes_an_encoder_that_ppo_loads(tmp_path, capfd):
     output = tmp_path / "new" / "encoder.safetensors"
-    assert pretrain(tmp_path, "--output", str(output), "--seed", "3") == 0
+    assert pretrain(tmp_path, "--output", str(output), "--seed", "3", "--ent-coef", "0.02") == 0
     assert f"python ppo_pisco.py --encoder-weights {output}" in capfd.readouterr().out
     _, metadata = encoder_file(output)
     assert metadata["objective"] == "rl"
@@ -54,6 +54,9 @@ def test_writes_an_encoder_that_ppo_loads(tmp_path, capfd):
 
     # A finished run is exported again by --resume.
     (run,) = (tmp_path / "runs").iterdir()
+    args = json.loads((run / "args.json").read_text())
+    assert args["jump_prior"] == 0.1  # pretraining's own default
+    assert args["ent_coef"] == 0.02  # the user's flag beats pretraining's 0.003
     again = tmp_path / "again.safetensors"
     assert pretrain_encoder.main(["--resume", str(run), "--output", str(again)]) == 0
     for name, tensor in safetensors.torch.load_file(again).items():
@@ -518,5 +521,10 @@ def test_shipped_encoders_load_into_their_algorithm(path):
     else:
         encoder = ppo_pisco.Encoder(metadata["architecture"], shape, int(metadata["feature_dim"]))
         ppo_pisco.load_encoder(path, encoder, metadata["architecture"], shape)
-    assert path.name in (Path(ROOT) / "encoders" / "README.md").read_text()
-    assert json.loads(metadata["score"])
+    (row,) = (line for line in (ROOT / "encoders" / "README.md").read_text().splitlines() if f"`{path.name}`" in line)
+    score = json.loads(metadata["score"])
+    if path.stem == "jump-v0__nature__rl":
+        assert score["eval/greedy_success"] >= 0.95
+        assert f"{score['eval/greedy_success']:.0%} of the 7 source tasks" in row
+        assert f"{score['eval/greedy_grid_success']:.1%} of the 286 tasks" in row
+    assert score
