@@ -57,6 +57,7 @@ COEF = {"pisco": 0.1, "simsiam": 0.03, "curl": 0.1, "consistency": 0.03}
 SSL = {name: f"--ssl {name} --ssl-coef {coef}" for name, coef in COEF.items()} | {"none": "--ssl none"}
 # The seven obstacles of source and target on a floor of neither: what jump-coef chooses by.
 VALIDATION = ",".join(f"{obstacle}:26" for obstacle in range(20, 45, 4))
+JUMP_VALIDATION = f"ppo_pisco.py --jump-tasks {VALIDATION} {JUMP_FROZEN} --total-timesteps 51200"
 SCRATCH = "--encoder-weights none --freeze-layers 0"
 STATE = "--encoder-weights encoders/jump-v0__nature__state.safetensors"
 JUMP_TRANSFER = {
@@ -95,13 +96,13 @@ SUITES = {
     },
     # The same small grid of weights for every loss, on validation tasks, half the budget.
     "jump-coef": {
-        "program": f"ppo_pisco.py --jump-tasks {VALIDATION} {JUMP_FROZEN} --total-timesteps 51200",
+        "program": JUMP_VALIDATION,
         "methods": {"none": "--ssl none"}
         | {f"{ssl} {coef}": f"--ssl {ssl} --ssl-coef {coef}" for ssl in COEF for coef in (0.03, 0.1, 0.3, 1.0)},
     },
     # What stands in PiSCO's way? One change each, on the validation tasks of jump-coef.
     "jump-pisco": {
-        "program": f"ppo_pisco.py --jump-tasks {VALIDATION} {JUMP_FROZEN} --total-timesteps 51200",
+        "program": JUMP_VALIDATION,
         "methods": {
             "none": SSL["none"],
             "PiSCO": SSL["pisco"],
