@@ -92,7 +92,7 @@ class Args:
     """Jump-v0: source, target, wide, narrow, random, grid, or a list of obstacle:floor such as 20:10,30:20"""
     jump_reward: float = 1.0
     """Jump-v0: bonus for reaching the right edge (the reference task pays 100)"""
-    jump_prior: float = 0.05
+    jump_prior: float = 0.1
     """Jump-v0: the untrained policy's probability of jumping (0.5: the usual uniform start)"""
     reward_scale: float = 0.1
     """factor on the training reward; logged returns are unscaled"""
@@ -1024,11 +1024,14 @@ def play_episodes(agent, envs, device, greedy, seed, frames=None):
     while None in episodes:
         if frames is not None:
             frames.append(obs[:9].copy())
-        logits, _ = agent(to_device(obs, device))
+        playing = [i for i, episode in enumerate(episodes) if episode is None]  # the policy need not see the others
+        logits, _ = agent(to_device(obs[playing], device))
         action = (
             logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
         )
-        obs, *_ = envs.step(action.cpu().numpy())
+        actions = np.zeros(envs.num_envs, dtype=np.int64)
+        actions[playing] = action.cpu().numpy()
+        obs, *_ = envs.step(actions)
         for episode in envs.episodes:
             episodes[episode["env"]] = episodes[episode["env"]] or episode
     return episodes

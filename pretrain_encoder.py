@@ -1222,7 +1222,6 @@ def run_algorithm(args, further):
         else:
             program = PPO
             command += ["--anneal-lr", "--ent-coef", "0.003"]  # time to settle on a nearly deterministic policy
-            command += ["--jump-prior", "0.1"]  # with less, one of Jump's source tasks often stays unsolved
             command += ["--jump-tasks", args.jump_tasks, "--encoder", args.encoder]
             steps = 300_000 if args.total_timesteps is None else args.total_timesteps
             command += ["--total-timesteps", str(steps)]

@@ -91,7 +91,7 @@ SUITES = {
             "annealed learning rate": "--anneal-lr",
             "64 copies": "--num-envs 64",
             "entropy 0.003": "--ent-coef 0.003",
-            "prior 0.1": "--jump-prior 0.1",
+            "prior 0.05": "--jump-prior 0.05",
         },
     },
     # The same small grid of weights for every loss, on validation tasks, half the budget.

@@ -55,7 +55,6 @@ def test_writes_an_encoder_that_ppo_loads(tmp_path, capfd):
     # A finished run is exported again by --resume.
     (run,) = (tmp_path / "runs").iterdir()
     args = json.loads((run / "args.json").read_text())
-    assert args["jump_prior"] == 0.1  # pretraining's own default
     assert args["ent_coef"] == 0.02  # the user's flag beats pretraining's 0.003
     again = tmp_path / "again.safetensors"
     assert pretrain_encoder.main(["--resume", str(run), "--output", str(again)]) == 0
