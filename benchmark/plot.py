@@ -319,6 +319,32 @@ def write_noise_table():
     return "\n".join(lines)
 
 
+def read_end(folder):
+    """{column: mean over the last fifth of a run's iterations} of metrics.csv, columns without numbers left out."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = rows[-max(1, len(rows) // 5) :]
+    values = {column: [float(row[column]) for row in rows if row[column]] for column in rows[0]}
+    return {column: float(np.mean(numbers)) for column, numbers in values.items() if numbers}
+
+
+def write_views_table(suite):
+    """What became of the two views and the features by the end of the runs, as Markdown: means over the seeds."""
+    columns = {f"losses/{name}": name for name in ("pisco", "simsiam", "curl", "consistency")}
+    names = ["method", "loss", "its value", "views that disagree", "dead features", "entropy"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for method in SUITES[suite]["methods"]:
+        ends = [read_end(folder) for folder in seed_folders(suite, method).values()]
+        if not ends:
+            continue
+        mean = {column: np.mean([end[column] for end in ends]) for column in ends[0]}
+        loss = next((column for column in columns if column in mean), None)  # `none` has neither loss nor views
+        cells = [columns[loss], f"{mean[loss]:.4f}", f"{1 - mean['losses/view_agreement']:.2%}"] if loss else ["-"] * 3
+        cells += [f"{mean['losses/dead_features']:.2f}", f"{mean['losses/entropy']:.3f}"]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def scores_of(suite):
     """{method: scores for a verdict (n, 2)}: at the end and mean over the run; for `noise` what success loses (below
     zero) to the strongest noise and, on average, to all of it."""
@@ -410,6 +436,8 @@ def main(argv=None):
         tables = {suite: write_table(suite, results)}
         if suite == "jump-noise":
             tables["noise"] = write_noise_table()
+        if suite in ("jump-pisco", "jump-transfer"):
+            tables[f"{suite} views"] = write_views_table(suite)
         for name, table in tables.items():
             insert_table(name, table)
             print(f"{name}\n{table}\n")

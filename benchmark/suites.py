@@ -112,6 +112,7 @@ SUITES = {
             "projector 64": f"{SSL['pisco']} --projector-dim 64",
             "whole minibatch": f"{SSL['pisco']} --ssl-fraction 1",
             "learning rate 3e-4": f"{SSL['pisco']} --learning-rate 3e-4",
+            "none, views compared": "--ssl consistency --ssl-coef 0",  # weighs nothing: what is there for PiSCO to do?
             "none, learning rate 3e-4": f"{SSL['none']} --learning-rate 3e-4",
         },
     },

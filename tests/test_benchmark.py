@@ -240,6 +240,15 @@ def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
     assert list(plot.scores_of("noise")) == ["one"]
 
 
+def test_views_table_is_of_the_last_fifth_of_each_run(plot, tmp_path):
+    columns = "losses/pisco,losses/simsiam,losses/view_agreement,losses/dead_features,losses/entropy"
+    for seed, pisco in ((1, 0.5), (10, 0.25)):
+        early, late = "9,,0,9,9", f"{pisco},,0.75,0.125,0.0625"
+        lines = [columns, *[early] * 8, late, late]
+        (tmp_path / "tiny" / "one_method" / str(seed) / "metrics.csv").write_text("\n".join(lines))
+    assert plot.write_views_table("tiny").splitlines()[2:] == ["| one method | pisco | 0.3750 | 25.00% | 0.12 | 0.062 |"]
+
+
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
     path = tmp_path / "tiny" / "one_method" / "1" / "metrics.csv"
     path.write_text(path.read_text().replace("20,", "21,"))
