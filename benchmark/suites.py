@@ -53,7 +53,7 @@ DMC_METHODS = {
 # MSR Jump
 JUMP_FROZEN = "--freeze-layers 2"  # the bottom: the two layers whose stride the task sets' lattice has
 # The losses' weights by jump-coef, which knows nothing of the target tasks.
-COEF = {"pisco": 0.1, "simsiam": 0.03, "curl": 0.1, "consistency": 0.03}
+COEF = {"pisco": 0.1, "simsiam": 0.1, "curl": 0.03, "consistency": 0.3}
 SSL = {name: f"--ssl {name} --ssl-coef {coef}" for name, coef in COEF.items()} | {"none": "--ssl none"}
 # The seven obstacles of source and target on a floor of neither: what jump-coef chooses by.
 VALIDATION = ",".join(f"{obstacle}:26" for obstacle in range(20, 45, 4))
