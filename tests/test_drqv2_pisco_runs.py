@@ -80,6 +80,18 @@ def test_a_true_end_is_told_from_the_time_limit(monkeypatch, discount, terminate
     env.close()
 
 
+def test_a_simulation_that_diverges_ends_its_episode():
+    env = DMCPixels("cartpole-balance", 24, 2, "fast")
+    env.reset(seed=0)
+    env.env.physics.data.qvel[:] = 1e30
+    obs, reward, *ends, _ = env.step(np.zeros(1, np.float32))
+    assert reward == 0.0 and ends == [True, False]
+    assert env.observation_space.contains(obs) and not obs.any()
+    fresh, _ = env.reset(seed=1)  # and the next one is a good one
+    assert fresh.any() and not env.step(np.zeros(1, np.float32))[2]
+    env.close()
+
+
 @pytest.mark.parametrize("env_id", ["cartpole-swingup", "walker-walk"])
 def test_render_quality_changes_the_picture_alone(env_id):
     both = []
