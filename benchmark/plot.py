@@ -194,13 +194,38 @@ def draw_bands(axes, x, scores, label, style):
 
 
 def draw_curves(suite, results):
-    """Learning curves as benchmark/figures/SUITE.png."""
+    """Learning curves as benchmark/figures/SUITE.png: in one panel, or a panel each where they are many."""
     *_, step_name, score_name = columns_of(suite)
+    if len(results) > 5:
+        return draw_panels(suite, results, step_name, score_name)
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for i, (method, runs) in enumerate(results.items()):
         axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style_of(i))
         draw_bands(axes, runs.steps, runs.scores, method, style_of(i))
     finish(figure, axes, suite, step_name, score_name, outside=len(results) > 4)
+
+
+def draw_panels(suite, results, step_name, score_name):
+    """A panel with the learning curves of each method, the first method's beside them in every panel."""
+    (first, reference), *_ = results.items()
+    columns, rows = 5, -(-len(results) // 5)
+    size = {"figsize": (10.5, 2.4 * rows), "sharex": True, "sharey": True}
+    figure, panels = plt.subplots(rows, columns, layout="constrained", squeeze=False, **size)
+    for axes, (method, runs) in zip(panels.flat, results.items()):
+        axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style_of(0))
+        draw_bands(axes, runs.steps, runs.scores, method, style_of(0))
+        if method != first:
+            axes.plot(reference.steps, interquartile_mean(reference.scores), color="0.4", linestyle=":")
+        axes.set_title(f"{method}\n(n = {len(runs.seeds)})", fontsize=9)
+        axes.locator_params(axis="x", nbins=3)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    for axes in panels.flat[len(results) :]:
+        axes.axis("off")
+    figure.supxlabel(f"{step_name} (dotted: {first})", fontsize=10)
+    figure.supylabel(score_name, fontsize=10)
+    figure.savefig(FIGURES / f"{suite}.png", dpi=120)
+    plt.close(figure)
 
 
 def finish(figure, axes, suite, x_name, y_name, outside):
