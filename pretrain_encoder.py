@@ -43,6 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from dm_control.rl.control import PhysicsError  # without its renderer, which is still to be chosen
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -340,7 +341,8 @@ class DMCPixels(gym.Env):
 
     Observations (3, H, W) uint8, a single frame: stacking is the caller's. Actions (A,) float32 in -1..1, scaled to
     the task's bounds and repeated `action_repeat` times, with their rewards summed. `terminated` is a true end of the
-    task (discount 0), `truncated` the time limit.
+    task (discount 0) or of a simulation that diverges, which also ends without reward and with a black frame;
+    `truncated` is the time limit.
     """
 
     def __init__(self, env_id, image_size=84, action_repeat=2, quality="standard"):
@@ -398,7 +400,10 @@ class DMCPixels(gym.Env):
         action = self.low + (self.high - self.low) * (np.asarray(action, dtype=np.float64) + 1) / 2
         reward = 0.0
         for _ in range(self.action_repeat):
-            time_step = self.env.step(action)
+            try:
+                time_step = self.env.step(action)
+            except PhysicsError:  # as dm_control's composer ends such an episode
+                return np.zeros(self.observation_space.shape, np.uint8), reward, True, False, {}
             reward += time_step.reward or 0.0
             if time_step.last():
                 break
