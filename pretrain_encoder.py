@@ -43,7 +43,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from dm_control.rl.control import PhysicsError  # without its renderer, which is still to be chosen
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -350,6 +349,7 @@ class DMCPixels(gym.Env):
         try:
             from dm_control import suite
             from dm_control.mujoco.engine import Camera
+            from dm_control.rl.control import PhysicsError
         except Exception as error:  # whatever a renderer that can't be loaded raises
             raise UsageError(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}; {RENDER_REMEDY}") from None
         domain, _, task = env_id.partition("-")
@@ -357,7 +357,7 @@ class DMCPixels(gym.Env):
             known = ["-".join(pair) for pair in suite.ALL_TASKS]
             close = difflib.get_close_matches(env_id, known, n=3) or ["cartpole-swingup", "walker-walk", "cheetah-run"]
             raise UsageError(f"--env-id {env_id}: unknown environment; did you mean {', '.join(close)}?")
-        self.env = suite.load(domain, task)
+        self.env, self.divergence = suite.load(domain, task), PhysicsError
         self.low, self.high = self.env.action_spec().minimum, self.env.action_spec().maximum  # (A,) float64 each
         if not (math.isfinite(self.env._step_limit) and np.isfinite([self.low, self.high]).all()):
             raise UsageError(f"--env-id {env_id}: its episodes or actions have no bounds; choose another one")
@@ -402,7 +402,7 @@ class DMCPixels(gym.Env):
         for _ in range(self.action_repeat):
             try:
                 time_step = self.env.step(action)
-            except PhysicsError:  # as dm_control's composer ends such an episode
+            except self.divergence:  # as dm_control's composer ends such an episode
                 return np.zeros(self.observation_space.shape, np.uint8), reward, True, False, {}
             reward += time_step.reward or 0.0
             if time_step.last():
