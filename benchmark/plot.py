@@ -100,11 +100,15 @@ def columns_of(suite):
     return step, SUITES[suite].get("score", score), *names
 
 
+def read_rows(folder):
+    """The rows of one kept run's metrics.csv, [{column: text}]."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def read_curve(folder, columns):
     """Steps and scores of one kept run's evaluations, (E,) float64 each."""
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [[float(row[column]) for column in columns] for row in csv.DictReader(file) if row[columns[1]]]
-    return np.array(rows).T
+    return np.array([[float(row[column]) for column in columns] for row in read_rows(folder) if row[columns[1]]]).T
 
 
 def seed_folders(suite, method):
@@ -316,12 +320,17 @@ def with_interval(point, interval, digits, sign=""):
     return f"{point:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
+def markdown(names, rows):
+    """A table as Markdown: the columns' names and rows of text."""
+    head = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    return "\n".join(head + [f"| {' | '.join(row)} |" for row in rows])
+
+
 def write_table(suite, results):
     """The suite's table as Markdown."""
     first, *_ = results
     names = ["method", "n", "at the end", "mean over the run", f"P(better than {first})", "each seed", "minutes"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    digits = DIGITS[program_of(suite)]
+    rows, digits = [], DIGITS[program_of(suite)]
     for method, runs in results.items():
         points, intervals = aggregate(runs.both)
         values = [f"{point:.{digits}f}" for point in points]  # one run tells of no interval
@@ -333,25 +342,24 @@ def write_table(suite, results):
         manifests = [json.loads((path / "manifest.json").read_text()) for path in seed_folders(suite, method).values()]
         minutes = np.mean([manifest["wall_seconds"] for manifest in manifests]) / 60
         each = " ".join(f"{score:.{digits}f}" for score in runs.scores[:, -1])
-        lines.append(f"| {method} | {len(runs.seeds)} | {' | '.join(values)} | {better} | {each} | {minutes:.1f} |")
-    return "\n".join(lines)
+        rows.append([method, str(len(runs.seeds)), *values, better, each, f"{minutes:.1f}"])
+    return markdown(names, rows)
 
 
 def write_noise_table():
     """Success under noise as Markdown: a method in each row, a standard deviation in each column."""
     results = read_noise()
     stds = next(iter(results.values()))[0]
-    lines = ["| method | n | " + " | ".join(f"noise {std:g}" for std in stds) + " |", "|---|---|" + "---|" * len(stds)]
+    rows = []
     for method, (_, shares) in results.items():
         points, _ = aggregate(shares)
-        lines.append(f"| {method} | {len(shares)} | " + " | ".join(f"{point:.2f}" for point in points) + " |")
-    return "\n".join(lines)
+        rows.append([method, str(len(shares)), *(f"{point:.2f}" for point in points)])
+    return markdown(["method", "n", *(f"noise {std:g}" for std in stds)], rows)
 
 
 def read_end(folder):
     """{column: mean over the last fifth of a run's iterations} of metrics.csv, columns without numbers left out."""
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(folder)
     rows = rows[-max(1, len(rows) // 5) :]
     values = {column: [float(row[column]) for row in rows if row[column]] for column in rows[0]}
     return {column: float(np.mean(numbers)) for column, numbers in values.items() if numbers}
@@ -361,7 +369,7 @@ def write_views_table(suite):
     """What became of the two views and the features by the end of the runs, as Markdown: means over the seeds."""
     columns = {f"losses/{name}": name for name in ("pisco", "simsiam", "curl", "consistency")}
     names = ["method", "loss", "its value", "views that disagree", "dead features", "entropy"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     for method in SUITES[suite]["methods"]:
         ends = [read_end(folder) for folder in seed_folders(suite, method).values()]
         if not ends:
@@ -370,8 +378,8 @@ def write_views_table(suite):
         loss = next((column for column in columns if column in mean), None)  # `none` has neither loss nor views
         cells = [columns[loss], f"{mean[loss]:.4f}", f"{1 - mean['losses/view_agreement']:.2%}"] if loss else ["-"] * 3
         cells += [f"{mean['losses/dead_features']:.2f}", f"{mean['losses/entropy']:.3f}"]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([method, *cells])
+    return markdown(names, rows)
 
 
 def scores_of(suite):
@@ -391,7 +399,7 @@ def verdict(low, high, margin):
 def write_verdicts():
     """Claims, predictions and what the kept runs say of them, as Markdown. Predictions without runs are left out."""
     names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "n"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    rows = []
     suites = {suite for _, _, predictions in CLAIMS for suite, *_ in predictions}
     scores = {suite: scores_of(suite) for suite in suites}
     for claim, margin, predictions in CLAIMS:
@@ -403,9 +411,9 @@ def write_verdicts():
             folder = "jump-noise" if suite == "noise" else suite
             cells = [claim, folder, f"{better} > {worse}", verdict(*mean[1], margin)]
             cells += [with_interval(*mean, 2, "+"), with_interval(*end, 2, "+"), f"{len(ours)}, {len(others)}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append(cells)
             claim = ""
-    return "\n".join(lines)
+    return markdown(names, rows)
 
 
 def insert_table(suite, table):
