@@ -64,7 +64,7 @@ CLAIMS = [
             "from scratch", "frozen", "finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + SimSiam",
             "frozen bottom + CURL", "frozen bottom + consistency",
         )
-    ]),
+    ] + [("dmc-transfer-small", "frozen bottom + PiSCO", other) for other in ("from scratch", "frozen bottom")]),
 ]  # fmt: skip
 REPS = 2_000  # bootstrap samples
 warnings.filterwarnings("ignore", "random_state is deprecated")  # rliable hands it on to arch
@@ -410,7 +410,9 @@ def write_verdicts():
             end, mean = (difference(ours[:, i], others[:, i]) for i in (0, 1))
             folder = "jump-noise" if suite == "noise" else suite
             cells = [claim, folder, f"{better} > {worse}", verdict(*mean[1], margin)]
-            cells += [with_interval(*mean, 2, "+"), with_interval(*end, 2, "+"), f"{len(ours)}, {len(others)}"]
+            digits = DIGITS[program_of(folder)]
+            cells += [with_interval(*gain, digits, "+") for gain in (mean, end)]
+            cells.append(f"{len(ours)}, {len(others)}")
             rows.append(cells)
             claim = ""
     return markdown(names, rows)

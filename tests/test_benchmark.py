@@ -216,6 +216,8 @@ def test_verdicts_read_gains_from_the_kept_runs(plot, monkeypatch):
     assert plot.write_verdicts().splitlines()[2] == (
         "| a claim | tiny | one method > one method | contradicted | -0.62 [-0.90, -0.10] | -0.75 [-0.90, -0.10] | 2, 2 |"
     )
+    monkeypatch.setitem(plot.DIGITS, "ppo_pisco.py", 1)
+    assert "| -0.6 [-0.9, -0.1] | -0.8 [-0.9, -0.1] |" in plot.write_verdicts()
 
 
 def test_prediction_without_runs_has_no_verdict(plot, monkeypatch):
