@@ -45,15 +45,21 @@ def trained_folder(flags, runs_dir):
     return max((runs_dir / "training").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime).parent
 
 
+def load_policy(folder):
+    """The encoder, the policy head and the value head of a run of ppo_pisco.py on MSR Jump."""
+    agent = ppo_pisco.Agent(ppo_pisco.Args(ssl="none"), (1, 60, 60), 2).to(memory_format=torch.channels_last)
+    tensors = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
+    agent.load_state_dict({name: tensor for name, tensor in tensors.items() if name in agent.state_dict()})
+    return agent
+
+
 @torch.no_grad()
 def noise_table(folder):
     """{standard deviation: {"target": share of solved tasks, "grid": the same}} of the greedy policy in `folder`."""
     args = ppo_pisco.Args(ssl="none")
     tasks = ppo_pisco.evaluation_tasks(args)
     envs = ppo_pisco.ImageEnvs(args, len(tasks), args.seed, training=False)
-    agent = ppo_pisco.Agent(args, envs.obs_shape, envs.num_actions).to(memory_format=torch.channels_last)
-    tensors = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
-    agent.load_state_dict({name: tensor for name, tensor in tensors.items() if name in agent.state_dict()})
+    agent = load_policy(folder)
     count = len(ppo_pisco.parse_jump_tasks(args.jump_tasks))
     grid = [tasks.index(task) for task in ppo_pisco.JUMP_GRID]
     torch.manual_seed(0)  # the same noise for every method and seed

@@ -382,6 +382,25 @@ def write_views_table(suite):
     return markdown(names, rows)
 
 
+def write_moments_table():
+    """How the target tasks of jump-transfer end, as Markdown: counts over seeds and tasks, from jump_moments.csv."""
+    with open(RESULTS / "jump_moments.csv", newline="") as file:
+        kept = list(csv.DictReader(file))
+    rights, counts = {int(row["right"]) for row in kept}, {}
+    for row in kept:
+        right, greedy = int(row["right"]), int(row["greedy"] or 10**9)  # empty: no jump at all
+        count = counts.setdefault(row["method"], np.zeros(4, dtype=int))
+        count += [greedy == right, greedy < right, greedy < right and greedy in rights, greedy > right]
+    names = [
+        "method",
+        "solved",
+        "jumps too early",
+        "of these at the right moment of a nearer obstacle",
+        "later or never",
+    ]
+    return markdown(names, [[method, *map(str, count)] for method, count in counts.items()])
+
+
 def scores_of(suite):
     """{method: scores for a verdict (n, 2)}: at the end and mean over the run; for `noise` what success loses (below
     zero) to the strongest noise and, on average, to all of it."""
@@ -477,6 +496,8 @@ def main(argv=None):
             tables["noise"] = write_noise_table()
         if suite in ("jump-pisco", "jump-transfer"):
             tables[f"{suite} views"] = write_views_table(suite)
+        if suite == "jump-transfer":
+            tables["jump-moments"] = write_moments_table()
         for name, table in tables.items():
             insert_table(name, table)
             print(f"{name}\n{table}\n")

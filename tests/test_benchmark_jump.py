@@ -1,5 +1,6 @@
-"""The benchmark's two programs for MSR Jump: the linear policy on the true state, and noise on the observations."""
+"""The benchmark's programs for MSR Jump: the linear policy on the true state, noise on the observations, first jumps."""
 
+import csv
 import json
 
 import numpy as np
@@ -101,3 +102,81 @@ def test_noise_uses_kept_networks_or_trains(noise, tmp_path, monkeypatch, capsys
 def test_wrong_flags_end_with_the_programs_exit_code(noise, tmp_path, capfd):
     assert noise.main(["--ssl", "bogus", "--runs-dir", str(tmp_path)]) == 2
     assert "--ssl" in capfd.readouterr().err
+
+
+@pytest.fixture
+def jumps(monkeypatch, tmp_path):
+    module = load("jump_moments", monkeypatch)
+    monkeypatch.setattr(module, "WORK", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def test_moments_by_hand(jumps):
+    greedy, reach = jumps.moments(np.array([0.1, 0.2, 0.9, 0.6]), right=2)
+    assert greedy == 2 and reach == pytest.approx(0.9 * 0.8)
+    greedy, reach = jumps.moments(np.array([0.1, 0.2, 0.3, 0.4]), right=4)
+    assert greedy is None and reach == pytest.approx(0.9 * 0.8 * 0.7 * 0.6)
+
+
+def test_first_jump_of_the_right_policy_is_right_in_every_task(jumps, linear):
+    encoder = linear.StateEncoder("nature", (1, 60, 60), 4)
+    asked = []
+
+    def policy(obs):  # logit of jumping: 14.5 - (obstacle - agent) in pixels
+        asked.append(len(obs))
+        logit = encoder(obs) @ torch.tensor([2.0, 0.0, -2.0, 0.0]) + 14.5
+        return torch.stack([torch.zeros_like(logit), logit], 1), None
+
+    for (obstacle, _), probabilities in zip(
+        ppo_pisco.JUMP_GRID, jumps.jump_probabilities(policy, ppo_pisco.JUMP_GRID), strict=True
+    ):
+        assert len(probabilities) == obstacle - 4  # from x = 0 to the last step before the collision
+        assert probabilities[0] == pytest.approx(1 / (1 + np.exp(obstacle - 14.5)))
+        assert jumps.moments(probabilities, obstacle - 14)[0] == obstacle - 14
+    assert set(asked) == {286}
+
+
+def test_first_jumps_need_the_networks(jumps, capsys):
+    assert jumps.main() == 2
+    assert "from scratch, seed 1" in capsys.readouterr().err and not (jumps.RESULTS / "jump_moments.csv").exists()
+
+
+def test_first_jumps_of_kept_networks(jumps, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(jumps, "JUMP_TRANSFER", {"one": "--ssl none"})
+    torch.manual_seed(0)
+    agent = ppo_pisco.Agent(ppo_pisco.Args(ssl="none"), (1, 60, 60), 2)
+    for seed in range(1, 11):
+        folder = jumps.weights_folder(tmp_path, f"ppo_pisco.py --ssl none --seed {seed}".split())
+        folder.mkdir(parents=True)
+        with torch.no_grad():
+            agent.actor.weight.zero_()
+            agent.actor.bias[:] = torch.tensor([0.0, 1.0 if seed == 1 else -1.0])
+        ppo_pisco.safetensors.torch.save_model(agent, folder / "model.safetensors")
+    assert jumps.main() == 0
+    assert "70 tasks played, 70 not solved" in capsys.readouterr().out
+    with open(tmp_path / "jump_moments.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["greedy"] for row in rows] == ["0"] * 7 + [""] * 63
+    first = {"method": "one", "seed": "1", "obstacle": "20", "floor": "18", "right": "6", "greedy": "0"}
+    assert rows[0] == first | {"reach": f"{(1 / (1 + np.e)) ** 6:.6f}"}
+
+
+def test_kept_first_jumps_agree_with_the_runs_evaluations(monkeypatch):
+    plot = load("plot", monkeypatch)
+    with open(plot.RESULTS / "jump_moments.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        run = plot.folder_of(plot.RESULTS, "jump-transfer", row["method"]) / row["seed"]
+        solved = json.loads((run / "evaluation.json").read_text())["greedy"]["solved"]
+        assert solved[f"{row['obstacle']}:{row['floor']}"] == (row["greedy"] == row["right"])
+    assert len(rows) == 7 * 10 * len(plot.SUITES["jump-transfer"]["methods"])
+
+
+def test_first_jumps_are_counted(monkeypatch, tmp_path):
+    plot = load("plot", monkeypatch)
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    rows = [("a", 6, 6), ("a", 14, 6), ("a", 14, 7), ("a", 14, 15), ("a", 14, ""), ("b", 14, 14)]
+    lines = ["method,right,greedy", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "jump_moments.csv").write_text("\n".join(lines))
+    assert plot.write_moments_table().splitlines()[2:] == ["| a | 1 | 2 | 1 | 2 |", "| b | 1 | 0 | 0 | 0 |"]
