@@ -100,15 +100,17 @@ def columns_of(suite):
     return step, SUITES[suite].get("score", score), *names
 
 
-def read_rows(folder):
-    """The rows of one kept run's metrics.csv, [{column: text}]."""
-    with open(folder / "metrics.csv", newline="") as file:
+def read_rows(path):
+    """The rows of a CSV file, [{column: text}]."""
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def read_curve(folder, columns):
     """Steps and scores of one kept run's evaluations, (E,) float64 each."""
-    return np.array([[float(row[column]) for column in columns] for row in read_rows(folder) if row[columns[1]]]).T
+    return np.array(
+        [[float(row[column]) for column in columns] for row in read_rows(folder / "metrics.csv") if row[columns[1]]]
+    ).T
 
 
 def seed_folders(suite, method):
@@ -190,6 +192,12 @@ def style_of(i):
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
 
 
+def save(figure, name):
+    """Writes the figure as benchmark/figures/NAME.png."""
+    figure.savefig(FIGURES / f"{name}.png", dpi=120)
+    plt.close(figure)
+
+
 def draw_bands(axes, x, scores, label, style):
     """Interquartile mean of scores (n, X) over x, with its interval."""
     point, (low, high) = aggregate(scores)
@@ -228,8 +236,7 @@ def draw_panels(suite, results, step_name, score_name):
         axes.axis("off")
     figure.supxlabel(f"{step_name} (dotted: {first})", fontsize=10)
     figure.supylabel(score_name, fontsize=10)
-    figure.savefig(FIGURES / f"{suite}.png", dpi=120)
-    plt.close(figure)
+    save(figure, suite)
 
 
 def finish(figure, axes, suite, x_name, y_name, outside):
@@ -240,8 +247,7 @@ def finish(figure, axes, suite, x_name, y_name, outside):
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     else:
         axes.legend(frameon=False, fontsize=9)
-    figure.savefig(FIGURES / f"{suite}.png", dpi=120)
-    plt.close(figure)
+    save(figure, suite)
 
 
 def draw_scan(suite, results):
@@ -270,8 +276,7 @@ def draw_scan(suite, results):
         axes.grid(alpha=0.3)
     both[0].set_ylabel(columns_of(suite)[-1])
     both[1].legend(frameon=False, fontsize=9)
-    figure.savefig(FIGURES / f"{suite}.png", dpi=120)
-    plt.close(figure)
+    save(figure, suite)
 
 
 def draw_noise(suite, results):
@@ -308,8 +313,7 @@ def draw_grid(suite, results):
     figure.supxlabel("obstacle (pixels)", fontsize=10)
     figure.supylabel("floor (pixels)", fontsize=10)
     figure.colorbar(image, ax=panels, label="share of seeds that solve it", shrink=0.7)
-    figure.savefig(FIGURES / f"{suite}.png", dpi=120)
-    plt.close(figure)
+    save(figure, suite)
 
 
 DRAW = {"jump-coef": draw_scan, "jump-depth": draw_scan, "jump-noise": draw_noise, "jump-grid": draw_grid}
@@ -359,7 +363,7 @@ def write_noise_table():
 
 def read_end(folder):
     """{column: mean over the last fifth of a run's iterations} of metrics.csv, columns without numbers left out."""
-    rows = read_rows(folder)
+    rows = read_rows(folder / "metrics.csv")
     rows = rows[-max(1, len(rows) // 5) :]
     values = {column: [float(row[column]) for row in rows if row[column]] for column in rows[0]}
     return {column: float(np.mean(numbers)) for column, numbers in values.items() if numbers}
@@ -384,8 +388,7 @@ def write_views_table(suite):
 
 def write_moments_table():
     """How the target tasks of jump-transfer end, as Markdown: counts over seeds and tasks, from jump_moments.csv."""
-    with open(RESULTS / "jump_moments.csv", newline="") as file:
-        kept = list(csv.DictReader(file))
+    kept = read_rows(RESULTS / "jump_moments.csv")
     rights, counts = {int(row["right"]) for row in kept}, {}
     for row in kept:
         right, greedy = int(row["right"]), int(row["greedy"] or 10**9)  # empty: no jump at all
@@ -465,8 +468,7 @@ def draw_tasks():
         axes.imshow(obs[0, 0], cmap="gray", origin="lower")
         axes.set_title(f"{name}: obstacle {task[0]}, floor {task[1]}", fontsize=10)
         axes.axis("off")
-    figure.savefig(FIGURES / "jump_tasks.png", dpi=120)
-    plt.close(figure)
+    save(figure, "jump_tasks")
 
 
 def draw_heatmap():
