@@ -1297,6 +1297,8 @@ def set_up(args):
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    # Dead units leave Adam's averages with denormal numbers, on which a CPU is slow. Worker threads inherit the mode.
+    torch.set_flush_denormal(True)
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
