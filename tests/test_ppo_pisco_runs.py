@@ -417,6 +417,21 @@ def test_main_command(tmp_path):
         assert torch.equal(value, shipped[name]) == name.startswith(("layers.0.", "layers.1.")), name
 
 
+DENORMALS = """
+import numpy as np, torch, ppo_pisco
+tiny = torch.from_numpy(np.full(4_000_000, 1e-39, np.float32))  # enough of them for both threads
+assert tiny.numpy().all()
+ppo_pisco.set_up(ppo_pisco.Args(torch_threads=2))
+print(int((tiny * 1.0).numpy().view(np.uint32).any()))
+"""
+
+
+def test_every_thread_flushes_denormal_numbers():
+    """In a process of its own: threads that PyTorch has started before keep their mode."""
+    done = subprocess.run([sys.executable, "-c", DENORMALS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "0", done.stderr
+
+
 def test_the_file_alone_is_enough(tmp_path):
     """A copy of the file, with encoders/ beside it, works without the rest of the repository."""
     shutil.copy(ROOT / "ppo_pisco.py", tmp_path)
