@@ -26,11 +26,6 @@ def source_encoder(source):
 
 # DrQ-v2 on two CPU cores: its own settings but for smaller images and batches and plain rendering.
 DMC_SMALL = "drqv2_pisco.py --render-quality fast --image-size 64 --shift-pixels 3 --batch-size 64"
-# An action is held for eight frames and every step has its update: half the updates for as many frames.
-DMC_REPEAT_8 = (
-    "--hidden-dim 256 --action-repeat 8 --update-every 1 --learning-rate 3e-4 --tau 0.02 --stddev-end 0.2 "
-    "--stddev-steps 6000 --seed-frames 2000 --explore-steps 250"
-)
 
 # DrQ-v2 with its own settings, for a GPU
 DMC_OFFICIAL = "drqv2_pisco.py --encoder-weights none --ssl none --total-frames 100000"
@@ -170,8 +165,6 @@ SUITES = {
         "program": DMC_SMALL,
         "methods": {
             "from scratch": "--env-id cartpole-balance --total-frames 100000 --encoder-weights none --ssl none",
-            "action repeat 8": f"{DMC_REPEAT_8} --env-id cartpole-balance --total-frames 100000 --encoder-weights none "
-            "--ssl none",
             "fewer, longer steps": "--hidden-dim 256 --action-repeat 4 --update-every 1 --learning-rate 3e-4 "
             "--tau 0.02 --gamma 0.98 --nstep 1 --stddev-end 0.2 --stddev-steps 8000 --seed-frames 2000 "
             "--explore-steps 250 --env-id cartpole-balance --total-frames 60000 --encoder-weights none --ssl none",
