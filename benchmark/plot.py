@@ -344,9 +344,10 @@ def write_table(suite, results):
         if method != first and min(len(runs.seeds), len(results[first].seeds)) > 1:
             better = with_interval(*improvement(runs.both[:, 1], results[first].both[:, 1]), 2)
         manifests = [json.loads((path / "manifest.json").read_text()) for path in seed_folders(suite, method).values()]
-        minutes = np.mean([manifest["wall_seconds"] for manifest in manifests]) / 60
+        whole = [manifest["wall_seconds"] for manifest in manifests if not manifest["resumed"]]
+        minutes = f"{np.mean(whole) / 60:.1f}" if whole else "-"  # a resumed run has timed its last part alone
         each = " ".join(f"{score:.{digits}f}" for score in runs.scores[:, -1])
-        rows.append([method, str(len(runs.seeds)), *values, better, each, f"{minutes:.1f}"])
+        rows.append([method, str(len(runs.seeds)), *values, better, each, minutes])
     return markdown(names, rows)
 
 

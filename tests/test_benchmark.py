@@ -162,7 +162,8 @@ def plot(monkeypatch, tmp_path):
         lines = ["global_step,eval/greedy_success,other", f"10,{scores[0]},", "15,,3", f"20,{scores[1]},"]
         (folder / "metrics.csv").write_text("\n".join(lines))
         if seed != 2:  # an unfinished run has no manifest
-            (folder / "manifest.json").write_text('{"wall_seconds": 60}')
+            manifest = {"wall_seconds": 60 if seed == 1 else 6, "resumed": seed == 10}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
     return module
 
 
@@ -181,6 +182,14 @@ def test_interquartile_mean_leaves_out_a_quarter_at_each_end(plot):
     three, five = np.array([[1.0], [6.0], [2.0]]), np.array([[9.0, 0.0], [2.0, 1.0], [3.0, 2.0], [4.0, 3.0], [-7.0, 9.0]])
     assert plot.interquartile_mean(three).tolist() == [3.0]
     assert plot.interquartile_mean(five).tolist() == [3.0, 2.0]
+
+
+def test_minutes_leave_out_resumed_runs(plot, monkeypatch):
+    monkeypatch.setattr(plot, "aggregate", lambda both: (both.mean(0), np.zeros((2, 2))))
+    table = plot.write_table("tiny", plot.read_suite("tiny"))
+    assert table.endswith("| one method | 2 | 0.75 [0.00, 0.00] | 0.62 [0.00, 0.00] | - | 0.50 1.00 | 1.0 |")
+    (plot.RESULTS / "tiny" / "one_method" / "1" / "manifest.json").write_text('{"wall_seconds": 60, "resumed": true}')
+    assert plot.write_table("tiny", plot.read_suite("tiny")).endswith("| 0.50 1.00 | - |")
 
 
 def test_suite_may_name_its_score(plot, monkeypatch):
