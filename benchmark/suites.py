@@ -189,7 +189,7 @@ SUITES = {
     },
     # The same pair with longer steps: more is learned in less time.
     "dmc-transfer-repeat-8": {
-        "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 100000",
+        "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 60000",
         "methods": {
             "from scratch": "--encoder-weights none --ssl none",
             "finetuned": "--freeze-layers 0 --ssl none",
