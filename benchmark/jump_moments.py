@@ -1,6 +1,6 @@
 """When do the trained policies of jump-transfer jump?
 
-    python benchmark/run.py jump-transfer --seeds 10     # leaves the networks on this machine
+    python benchmark/run.py jump-transfer --seeds 10 --results again     # leaves the networks on this machine
     python benchmark/jump_moments.py
 
 Lets every run's policy walk through every target task and asks it at each step, before it has jumped once. An agent in
@@ -65,10 +65,10 @@ def main():
         for seed in range(1, 11):
             folder = weights_folder(WORK, f"ppo_pisco.py {flags} --seed {seed}".split())
             if not (folder / "model.safetensors").exists():
-                command = "python benchmark/run.py jump-transfer --seeds 10"
+                command = "python benchmark/run.py jump-transfer --seeds 10 --results again"
                 print(
                     f"jump_moments.py: error: the networks of {method}, seed {seed} are not on this machine; "
-                    f"delete benchmark/results/jump-transfer and make them with {command}", file=sys.stderr,
+                    f"make them with {command}", file=sys.stderr,
                 )  # fmt: skip
                 return 2
             rows += measure(method, seed, folder, tasks)

@@ -7,7 +7,8 @@
 Every figure shows the interquartile mean over seeds with a 95% stratified bootstrap interval (Agarwal et al. 2021, by
 rliable); learning curves have every seed, faint. A suite's table has two scores, the last evaluation's and the mean
 over all evaluations of a run, which tells how fast it learned, and the probability that a run of the method has a
-higher mean than one of the suite's first method. A method without results is left out.
+higher mean than one of the suite's first method. Differences are between plain means, with Welch's 95% intervals. A
+method without results is left out.
 """
 
 import csv
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
@@ -64,10 +66,36 @@ CLAIMS = [
             "from scratch", "frozen", "finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + SimSiam",
             "frozen bottom + CURL", "frozen bottom + consistency",
         )
-    ] + [("dmc-transfer-small", "frozen bottom + PiSCO", other) for other in ("from scratch", "frozen bottom")]),
+    ] + [
+        ("dmc-transfer-repeat-8", "frozen bottom + PiSCO", other)
+        for other in ("from scratch", "finetuned", "frozen bottom")
+    ]),
 ]  # fmt: skip
+# Further differences that benchmark/README.md speaks of: suite (`noise`: what noise changes): [(method, other), ...]
+GAINS = {
+    "jump-ppo": [(change, "defaults") for change in list(SUITES["jump-ppo"]["methods"])[1:]],
+    "jump-coef": [(best, "none") for best in ("pisco 0.1", "simsiam 0.1", "curl 0.03", "consistency 0.3")],
+    "jump-pisco": [("PiSCO", "none"), ("none, learning rate 3e-4", "none")]
+    + [(change, "PiSCO") for change in list(SUITES["jump-pisco"]["methods"])[2:8]],
+    "jump-transfer": [(f"{base} + PiSCO", base) for base in ("from scratch", "finetuned", "frozen bottom")]
+    + [(f"frozen bottom + {loss}", "frozen bottom") for loss in ("SimSiam", "CURL", "consistency")]
+    + [("frozen bottom", "from scratch"), ("finetuned", "from scratch")],
+    "jump-depth": [(f"{k} frozen, pisco", f"{k} frozen, none") for k in range(5)]
+    + [(f"{k} frozen, {ssl}", f"0 frozen, {ssl}") for ssl in ("none", "pisco") for k in range(1, 5)]
+    + [("2 frozen, pisco", "3 frozen, pisco")],
+    "jump-noise": [("finetuned", "from scratch")]
+    + [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")],
+    "noise": [
+        (method, "frozen") for method in ("finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + PiSCO")
+    ] + [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")],
+    "jump-grid": [(f"{tasks}, pisco", f"{tasks}, none") for tasks in ("wide", "narrow", "random")],
+    "dmc-transfer-repeat-8": [
+        (method, "from scratch") for method in ("finetuned", "frozen bottom", "frozen bottom + PiSCO")
+    ] + [("frozen bottom", "finetuned"), ("frozen bottom + PiSCO", "frozen bottom")],
+}  # fmt: skip
 REPS = 2_000  # bootstrap samples
 warnings.filterwarnings("ignore", "random_state is deprecated")  # rliable hands it on to arch
+warnings.filterwarnings("ignore", "Precision loss")  # scipy, where one of two samples has no spread
 
 
 @dataclass
@@ -170,22 +198,23 @@ def aggregate(scores):
     return estimate(scores[:, None], lambda x: interquartile_mean(x[:, 0]))
 
 
-def compare(scores, others, statistic):
-    """The statistic of scores (n,) and others (m,), and its 95% bootstrap interval (2,)."""
-    point, interval = estimate((scores[:, None], others[:, None]), statistic)
+def improvement(scores, others):
+    """Probability that a run with one of `scores` (n,) beats one with one of `others` (m,), and its 95% bootstrap
+    interval (2,)."""
+    from rliable import metrics
+
+    point, interval = estimate((scores[:, None], others[:, None]), metrics.probability_of_improvement)
     return float(np.squeeze(point)), np.ravel(interval)
 
 
-def improvement(scores, others):
-    """Probability that a run with one of `scores` (n,) beats one with one of `others` (m,), and its 95% interval."""
-    from rliable import metrics
-
-    return compare(scores, others, metrics.probability_of_improvement)
-
-
 def difference(scores, others):
-    """Mean of scores (n,) less the mean of others (m,), and its 95% interval."""
-    return compare(scores, others, lambda x, y: np.array([x.mean() - y.mean()]))
+    """Mean of scores (n,) less the mean of others (m,), and its 95% interval: Welch's, as a bootstrap's is too narrow
+    for a handful of seeds. Where neither sample has any spread the interval is unknown (nan, nan)."""
+    gain = float(np.mean(scores) - np.mean(others))
+    if np.ptp(scores) == np.ptp(others) == 0:
+        return gain, (np.nan, np.nan)
+    low, high = stats.ttest_ind(scores, others, equal_var=False).confidence_interval(0.95)
+    return gain, (float(low), float(high))
 
 
 def style_of(i):
@@ -320,8 +349,8 @@ DRAW = {"jump-coef": draw_scan, "jump-depth": draw_scan, "jump-noise": draw_nois
 
 
 def with_interval(point, interval, digits, sign=""):
-    low, high = interval
-    return f"{point:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    point, low, high = (f"{number:{sign}.{digits}f}" for number in (point, *interval))
+    return f"{point} [{low}, {high}]" if np.isfinite(interval).all() else f"{point} [?, ?]"
 
 
 def markdown(names, rows):
@@ -419,6 +448,28 @@ def verdict(low, high, margin):
     return "supported" if low > -margin else "contradicted" if high < -margin else "inconclusive"
 
 
+def gains_of(suite, ours, others):
+    """Differences ((mean, interval) of the mean over the run, the same at the end) between two methods' scores (n, 2),
+    and both with n as cells of a table. None where one method has less than two runs."""
+    if min(len(ours), len(others)) < 2:
+        return None
+    end, mean = (difference(ours[:, i], others[:, i]) for i in (0, 1))
+    digits = DIGITS[program_of("jump-noise" if suite == "noise" else suite)]
+    cells = [with_interval(*gain, digits, "+") for gain in (mean, end)]
+    return mean, end, [*cells, f"{len(ours)}, {len(others)}"]
+
+
+def write_gains(suite):
+    """The differences between two methods each that GAINS has for a suite, as Markdown; without runs they are left
+    out."""
+    names, rows, scores = ["difference", "mean over the run", "at the end", "n"], [], scores_of(suite)
+    for method, other in GAINS[suite]:
+        gains = gains_of(suite, scores.get(method, []), scores.get(other, []))
+        if gains:
+            rows.append([f"{method} - {other}", *gains[2]])
+    return markdown(names, rows)
+
+
 def write_verdicts():
     """Claims, predictions and what the kept runs say of them, as Markdown. Predictions without runs are left out."""
     names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "n"]
@@ -427,16 +478,13 @@ def write_verdicts():
     scores = {suite: scores_of(suite) for suite in suites}
     for claim, margin, predictions in CLAIMS:
         for suite, better, worse in predictions:
-            ours, others = (scores[suite].get(method, []) for method in (better, worse))
-            if min(len(ours), len(others)) < 2:
+            gains = gains_of(suite, *(scores[suite].get(method, []) for method in (better, worse)))
+            if not gains:
                 continue
-            end, mean = (difference(ours[:, i], others[:, i]) for i in (0, 1))
+            (_, interval), _, cells = gains
             folder = "jump-noise" if suite == "noise" else suite
-            cells = [claim, folder, f"{better} > {worse}", verdict(*mean[1], margin)]
-            digits = DIGITS[program_of(folder)]
-            cells += [with_interval(*gain, digits, "+") for gain in (mean, end)]
-            cells.append(f"{len(ours)}, {len(others)}")
-            rows.append(cells)
+            prediction = f"{better} > {worse}" + (f" - {margin:.2f}" if margin else "")
+            rows.append([claim, folder, prediction, verdict(*interval, margin), *cells])
             claim = ""
     return markdown(names, rows)
 
@@ -495,8 +543,11 @@ def main(argv=None):
             continue
         DRAW.get(suite, draw_curves)(suite, results)
         tables = {suite: write_table(suite, results)}
+        if suite in GAINS:
+            tables[f"{suite} gains"] = write_gains(suite)
         if suite == "jump-noise":
             tables["noise"] = write_noise_table()
+            tables["noise gains"] = write_gains("noise")
         if suite in ("jump-pisco", "jump-transfer"):
             tables[f"{suite} views"] = write_views_table(suite)
         if suite == "jump-transfer":

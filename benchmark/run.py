@@ -5,6 +5,7 @@
     python benchmark/run.py dmc-official --cpus 3 --gpus 0.2     # five runs share a GPU
     python benchmark/run.py dmc-small --address auto             # on a Ray cluster, this folder on all its machines
     python benchmark/run.py dmc-small --dry-run                  # print the commands, run nothing
+    python benchmark/run.py quickstart --results again           # repeat a suite, its kept results stay as they are
 
 Every run is one of the repository's programs, which Ray starts where there is room. A finished one leaves metrics.csv,
 evaluation.json and manifest.json under benchmark/results/SUITE/METHOD/SEED/ and is skipped from then on, as is one that
@@ -58,8 +59,10 @@ class Args:
     """share of a GPU for each run"""
     address: str | None = None
     """a Ray cluster's address (default: this machine)"""
+    results: Path | None = None
+    """folder for the results (default: benchmark/results); in another one every run runs anew"""
     dry_run: bool = False
-    """print the commands and run nothing"""
+    """print the commands, of finished runs too, and run nothing"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Run:
 
 
 def choose_runs(args):
-    """The suite's runs, seed by seed, so that an interrupted suite has all methods. Raises UsageError."""
+    """The suite's runs, seed by seed, so that an interrupted suite has all methods. Raises UsageError, also where there
+    is no place for results."""
     if args.suite not in SUITES:
         raise UsageError(f"suite {args.suite!r}: choose one of {', '.join(SUITES)}")
     methods = args.methods or tuple(SUITES[args.suite]["methods"])
@@ -94,12 +98,16 @@ def choose_runs(args):
         raise UsageError(f"--seeds {args.seeds}: must be positive")
     if args.cpus <= 0 or args.gpus < 0:
         raise UsageError(f"--cpus {args.cpus} --gpus {args.gpus}: a run needs cores, and no less than no GPU")
+    try:
+        args.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--results {args.results}: {error.strerror}; name a folder that can be written") from error
     return [Run(args.suite, method, seed) for seed in range(1, args.seeds + 1) for method in methods]
 
 
-def is_finished(run):
-    """Whether a run's results are kept. Raises UsageError where they are another command's."""
-    path = run.folder(RESULTS) / "manifest.json"
+def is_finished(run, results):
+    """Whether a run's results are in the folder `results`. Raises UsageError where they are another command's."""
+    path = run.folder(results) / "manifest.json"
     if not path.exists():
         return False
     if json.loads(path.read_text())["command"] != run.command:
@@ -107,13 +115,13 @@ def is_finished(run):
     return True
 
 
-def share(run, cpus):
-    """Copies the results of another suite's run of the same command on as many cores, if there are any. Returns whether
-    there were."""
-    for path in sorted(RESULTS.glob("*/*/*/manifest.json")):
+def share(run, results, cpus):
+    """Copies the results of another suite's run of the same command on as many cores, if there are any in the folder
+    `results`. Returns whether there were."""
+    for path in sorted(results.glob("*/*/*/manifest.json")):
         manifest = json.loads(path.read_text())
         if manifest["command"] == run.command and manifest["cores_per_run"] == cpus:
-            put(run, {other.name: other.read_bytes() for other in path.parent.iterdir()})
+            put(run, results, {other.name: other.read_bytes() for other in path.parent.iterdir()})
             return True
     return False
 
@@ -134,6 +142,11 @@ def hardware():
     return text
 
 
+def threads(cpus):
+    """The number of PyTorch's threads for a run on so many cores."""
+    return max(1, int(cpus))
+
+
 def execute(command, flags, work, cpus):
     """Runs a program in the folder `work`, or goes on with the run that a kill has left there.
 
@@ -151,7 +164,7 @@ def execute(command, flags, work, cpus):
         process = subprocess.run(
             [sys.executable, flags[0], *further], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
             preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG (Linux): it ends with Ray's worker
-            env=os.environ | {"OMP_NUM_THREADS": str(max(1, int(cpus)))},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads(cpus))},
         )  # fmt: skip
     about = {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -169,9 +182,18 @@ def execute(command, flags, work, cpus):
 # ---------------------------------------------------------------------------------------------------------------------
 # On the machine that keeps the results
 # ---------------------------------------------------------------------------------------------------------------------
-def put(run, files):
+def commit_of_code():
+    """The commit that is checked out, with `-changed` where the Python files here are others than the commit's."""
+    commit, changes = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "*.py"])
+    )
+    return commit + ("-changed" if changes else "")
+
+
+def put(run, results, files):
     """Puts files {name: bytes} into the run's folder of the results, all at once."""
-    folder = run.folder(RESULTS)
+    folder = run.folder(results)
     partial = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -180,18 +202,17 @@ def put(run, files):
     os.replace(partial, folder)
 
 
-def keep(run, files, about):
-    """Keeps a finished run's files and its manifest as results, and its networks on this machine."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    manifest = {"command": run.command, "commit": commit, **about}
+def keep(run, results, files, about):
+    """Keeps a finished run's files and its manifest in the folder `results`, and its networks on this machine."""
+    manifest = {"command": run.command, **about}
     weights = weights_folder(WORK, run.flags)
     weights.mkdir(parents=True, exist_ok=True)
     (weights / "command.txt").write_text(run.command + "\n")  # the folder's name tells nobody
     for name in NETWORKS:
         if name in files:
             (weights / name).write_bytes(files[name])
-    results = {name: files[name] for name in KEPT}
-    put(run, results | {"manifest.json": json.dumps(manifest, indent=1).encode() + b"\n"})
+    kept = {name: files[name] for name in KEPT}
+    put(run, results, kept | {"manifest.json": json.dumps(manifest, indent=1).encode() + b"\n"})
     shutil.rmtree(run.folder(WORK), ignore_errors=True)
 
 
@@ -205,6 +226,7 @@ def run_all(runs, args):
     def start(run):
         return remote.remote(run.command, run.flags, run.folder(WORK), args.cpus)
 
+    commit = commit_of_code()  # now, as the programs may change while the runs last
     waiting = {start(run): (run, 1) for run in runs}
     failed = []
     try:
@@ -218,7 +240,7 @@ def run_all(runs, args):
                     except ray.exceptions.RayError as error:
                         code, output = 1, str(error)
                     if code == 0:
-                        keep(run, files, about)
+                        keep(run, args.results, files, {"commit": commit, **about})
                         bar.update()
                     elif attempt == 1:
                         waiting[start(run)] = (run, 2)
@@ -234,13 +256,14 @@ def main(argv=None):
     """Runs the command line `argv`. Returns the exit code: 0, 1 after failures, 2 for bad input or 130 after Ctrl-C."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     try:
+        args.results = args.results or RESULTS
         runs = choose_runs(args)
-        left = [run for run in runs if not is_finished(run)]
+        left = [run for run in runs if not is_finished(run, args.results)]
         if not args.dry_run:
-            left = [run for run in left if not share(run, args.cpus)]
+            left = [run for run in left if not share(run, args.results, args.cpus)]
         print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
         if args.dry_run:
-            print("\n".join(run.command for run in left))
+            print("\n".join(f"OMP_NUM_THREADS={threads(args.cpus)} {run.command}" for run in runs))
             return 0
         failed = run_all(left, args) if left else []
     except UsageError as error:

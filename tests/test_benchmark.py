@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -66,19 +68,29 @@ def test_every_suite_names_flags_that_its_program_knows(runner):
             module.check_args(module.parse_args(flags))
 
 
-def test_runs_go_seed_by_seed(runner, capsys):
-    args = runner.Args(suite="tiny", seeds=2)
-    runs = runner.choose_runs(args)
+def test_runs_go_seed_by_seed(runner, capsys, tmp_path):
+    runs = runner.choose_runs(runner.Args(suite="tiny", seeds=2, results=tmp_path))
     assert [(run.method, run.seed) for run in runs] == [
         ("one method", 1), ("failing", 1), ("one method", 2), ("failing", 2)
     ]  # fmt: skip
     assert runs[0].command.startswith("python /") and runs[0].command.endswith("program.py --lr 1 --x 2 --seed 1")
     assert runner.main(["tiny", "--seeds", "1", "--methods", "failing", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "tiny: 1 runs, 0 of them finished" and lines[1].endswith("--lr 1 --fail 1 --seed 1")
+    assert lines[0] == "tiny: 1 runs, 0 of them finished"
+    assert lines[1].startswith("OMP_NUM_THREADS=1 python /") and lines[1].endswith("--lr 1 --fail 1 --seed 1")
 
 
-@pytest.mark.parametrize("flags", ["bogus", "tiny --methods bogus", "tiny --seeds 0", "tiny --cpus 0", "tiny --gpus -1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "bogus",
+        "tiny --methods bogus",
+        "tiny --seeds 0",
+        "tiny --cpus 0",
+        "tiny --gpus -1",
+        f"tiny --results {__file__}",
+    ],
+)
 def test_bad_input(runner, capsys, flags):
     assert runner.main(flags.split()) == 2
     error = capsys.readouterr().err
@@ -87,10 +99,10 @@ def test_bad_input(runner, capsys, flags):
 
 def test_finished_run_is_kept_and_skipped(runner, capsys):
     run = runner.Run("tiny", "one method", 1)
-    assert not runner.is_finished(run)
+    assert not runner.is_finished(run, runner.RESULTS)
     code, files, about, output = execute(runner, run)
     assert code == 0 and output == "some output\n"
-    runner.keep(run, files, about)
+    runner.keep(run, runner.RESULTS, files, {"commit": "abc", **about})
     folder = runner.RESULTS / "tiny" / "one_method" / "1"
     assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "manifest.json", "metrics.csv"]
     words, threads = json.loads((folder / "metrics.csv").read_text().splitlines()[1])
@@ -98,19 +110,52 @@ def test_finished_run_is_kept_and_skipped(runner, capsys):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["command"] == run.command and manifest["resumed"] is False and manifest["wall_seconds"] >= 0
     assert set(manifest["versions"]) == {"python", *runner.PACKAGES} and "cores" in manifest["hardware"]
-    assert len(manifest["commit"]) == 40
+    assert manifest["commit"] == "abc"
     assert not run.folder(runner.WORK).exists()
     weights = runner.weights_folder(runner.WORK, run.flags)
     assert sorted(path.name for path in weights.iterdir()) == ["command.txt", "encoder.safetensors"]
     assert (weights / "command.txt").read_text() == run.command + "\n"
-    assert runner.is_finished(run)
-    assert runner.main(["tiny", "--seeds", "1", "--methods", "one method"]) == 0
+    assert runner.is_finished(run, runner.RESULTS)
+    only = ["tiny", "--seeds", "1", "--methods", "one method"]
+    assert runner.main(only) == 0
     assert capsys.readouterr().out == "tiny: 1 runs, 1 of them finished\n"
+    assert runner.main([*only, "--dry-run", "--cpus", "2"]) == 0  # to doubt a run takes its command
+    assert capsys.readouterr().out.splitlines()[1] == f"OMP_NUM_THREADS=2 {run.command}"
+
+
+def test_commit_tells_of_changed_programs(runner, monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "README.md").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    commit = runner.commit_of_code()
+    (tmp_path / "README.md").write_text("2")
+    (tmp_path / "new.py").write_text("2")
+    assert len(commit) == 40 and runner.commit_of_code() == commit
+    (tmp_path / "a.py").write_text("2")
+    assert runner.commit_of_code() == f"{commit}-changed"
+
+
+def test_suite_is_repeated_in_a_folder_of_its_own(runner, monkeypatch, capsys, tmp_path):
+    run = runner.Run("tiny", "one method", 1)
+    runner.keep(run, runner.RESULTS, *execute(runner, run)[1:3])
+    kept = (run.folder(runner.RESULTS) / "metrics.csv").read_bytes()
+    ran = []
+    monkeypatch.setattr(runner, "run_all", lambda runs, args: ran.extend((run, args.results) for run in runs))
+    again = ["tiny", "--seeds", "1", "--methods", "one method", "--cpus", "2", "--results", str(tmp_path / "again")]
+    assert runner.main(again) == 0
+    assert capsys.readouterr().out == "tiny: 1 runs, 0 of them finished\n" and ran == [(run, tmp_path / "again")]
+    runner.keep(run, tmp_path / "again", *execute(runner, run)[1:3])
+    assert runner.main(again) == 0
+    assert capsys.readouterr().out == "tiny: 1 runs, 1 of them finished\n" and len(ran) == 1
+    assert (run.folder(runner.RESULTS) / "metrics.csv").read_bytes() == kept
 
 
 def test_results_of_another_command_are_not_taken_for_this_ones(runner, capsys):
     run = runner.Run("tiny", "one method", 1)
-    runner.keep(run, *execute(runner, run)[1:3])
+    runner.keep(run, runner.RESULTS, *execute(runner, run)[1:3])
     runner.SUITES["tiny"]["methods"]["one method"] = "--x 3"
     assert runner.main(["tiny", "--seeds", "1"]) == 2
     assert "delete the folder" in capsys.readouterr().err
@@ -118,8 +163,10 @@ def test_results_of_another_command_are_not_taken_for_this_ones(runner, capsys):
 
 def test_same_command_of_another_suite_is_not_run_again(runner, monkeypatch, capsys):
     first = runner.Run("tiny", "one method", 1)
-    runner.keep(first, *execute(runner, first)[1:3])
-    monkeypatch.setitem(runner.SUITES, "twin", {**runner.SUITES["tiny"], "methods": {"renamed": "--x 2", "new": "--x 3"}})
+    runner.keep(first, runner.RESULTS, *execute(runner, first)[1:3])
+    monkeypatch.setitem(
+        runner.SUITES, "twin", {**runner.SUITES["tiny"], "methods": {"renamed": "--x 2", "new": "--x 3"}}
+    )
     monkeypatch.setattr(runner, "run_all", lambda runs, args: [])
     assert runner.main(["twin", "--seeds", "1", "--cpus", "4"]) == 0  # on other cores the numbers differ
     assert capsys.readouterr().out == "twin: 2 runs, 0 of them finished\n"
@@ -179,7 +226,10 @@ def test_a_run_has_its_last_and_its_mean_score(plot):
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end(plot):
-    three, five = np.array([[1.0], [6.0], [2.0]]), np.array([[9.0, 0.0], [2.0, 1.0], [3.0, 2.0], [4.0, 3.0], [-7.0, 9.0]])
+    three, five = (
+        np.array([[1.0], [6.0], [2.0]]),
+        np.array([[9.0, 0.0], [2.0, 1.0], [3.0, 2.0], [4.0, 3.0], [-7.0, 9.0]]),
+    )
     assert plot.interquartile_mean(three).tolist() == [3.0]
     assert plot.interquartile_mean(five).tolist() == [3.0, 2.0]
 
@@ -213,10 +263,44 @@ def test_verdict(plot, low, high, margin, expected):
     assert plot.verdict(low, high, margin) == expected
 
 
-def test_claims_name_methods_of_their_suites(plot):
-    for _, _, predictions in plot.CLAIMS:
-        for suite, better, worse in predictions:
-            assert {better, worse} <= plot.SUITES["jump-noise" if suite == "noise" else suite]["methods"].keys()
+def test_claims_and_gains_name_methods_of_their_suites(plot):
+    pairs = [prediction for _, _, predictions in plot.CLAIMS for prediction in predictions]
+    pairs += [(suite, *pair) for suite, differences in plot.GAINS.items() for pair in differences]
+    for suite, method, other in pairs:
+        assert {method, other} <= plot.SUITES["jump-noise" if suite == "noise" else suite]["methods"].keys()
+        assert method != other
+    assert all(len(set(differences)) == len(differences) for differences in plot.GAINS.values())
+
+
+def test_difference_has_welchs_interval(plot):
+    gain, (low, high) = plot.difference(np.array([1.0, 3.0]), np.array([0.0, 2.0]))
+    # Both samples' variance is 2, so the standard error is sqrt(2/2 + 2/2), with 2 degrees of freedom: t = 4.302653
+    half = 4.302653 * 2**0.5
+    assert gain == 1.0 and (low, high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
+    gain, interval = plot.difference(np.array([1.0, 1.0]), np.array([0.5, 0.5]))
+    assert gain == 0.5 and np.isnan(interval).all()
+    assert (
+        plot.with_interval(gain, interval, 2, "+") == "+0.50 [?, ?]" and plot.verdict(*interval, 0.0) == "inconclusive"
+    )
+
+
+def test_gains_are_of_the_kept_runs(plot, monkeypatch):
+    monkeypatch.setitem(plot.GAINS, "tiny", [("one method", "one method"), ("one method", "no results")])
+    monkeypatch.setattr(plot, "difference", lambda a, b: (a.mean() - 2 * b.mean(), (-0.9, -0.1)))
+    assert plot.write_gains("tiny").splitlines()[2:] == [
+        "| one method - one method | -0.62 [-0.90, -0.10] | -0.75 [-0.90, -0.10] | 2, 2 |"
+    ]
+
+
+def test_pages_have_a_place_for_every_table_of_gains(plot):
+    page = (ROOT / "benchmark" / "README.md").read_text()
+    assert all(f"<!-- {suite} gains -->" in page and f"<!-- /{suite} gains -->" in page for suite in plot.GAINS)
+
+
+def test_intervals_stand_in_tables_that_are_drawn_from_results(plot):
+    for page in plot.PAGES:
+        prose = re.sub(r"<!-- ([\w -]+) -->\n.*?<!-- /\1 -->", "", page.read_text(), flags=re.S)
+        assert not re.findall(r"\[[-+]?\d+(?:\.\d+)?, [-+]?\d", prose)
 
 
 def test_verdicts_read_gains_from_the_kept_runs(plot, monkeypatch):
@@ -257,7 +341,9 @@ def test_views_table_is_of_the_last_fifth_of_each_run(plot, tmp_path):
         early, late = "9,,0,9,9", f"{pisco},,0.75,0.125,0.0625"
         lines = [columns, *[early] * 8, late, late]
         (tmp_path / "tiny" / "one_method" / str(seed) / "metrics.csv").write_text("\n".join(lines))
-    assert plot.write_views_table("tiny").splitlines()[2:] == ["| one method | pisco | 0.3750 | 25.00% | 0.12 | 0.062 |"]
+    assert plot.write_views_table("tiny").splitlines()[2:] == [
+        "| one method | pisco | 0.3750 | 25.00% | 0.12 | 0.062 |"
+    ]
 
 
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
