@@ -36,6 +36,7 @@ DMC_REPEAT_8 = (
 # DrQ-v2 with its own settings, for a GPU
 DMC_OFFICIAL = "drqv2_pisco.py --encoder-weights none --ssl none --total-frames 100000"
 DMC_WALKER = "--nstep 1 --batch-size 512"
+DMC_MEDIUM = "--stddev-steps 500000"  # for tasks that DrQ-v2's authors count as medium
 DMC_SOURCES = {
     "cartpole-balance": "--env-id cartpole-balance",
     "walker-stand": f"--env-id walker-stand {DMC_WALKER}",
@@ -45,8 +46,8 @@ DMC_SOURCES = {
 DMC_TARGETS = {  # target task: its source and its own flags
     "cartpole-swingup": ("cartpole-balance", ""),
     "walker-walk": ("walker-stand", DMC_WALKER),
-    "walker-run": ("walker-walk", DMC_WALKER),
-    "hopper-hop": ("hopper-stand", ""),
+    "walker-run": ("walker-walk", f"{DMC_WALKER} {DMC_MEDIUM}"),
+    "hopper-hop": ("hopper-stand", DMC_MEDIUM),
 }
 DMC_METHODS = {
     "from scratch": "--encoder-weights none --ssl none",
