@@ -18,6 +18,7 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import importlib.util
 import io
 import json
 import math
@@ -28,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -101,7 +103,8 @@ class Args:
 
     # Encoder
     encoder_weights: str = "shipped"
-    """a .safetensors file, `shipped` (the file of encoders/ for this environment, if any) or `none` (random weights)"""
+    """a .safetensors file, `none` (random weights) or `shipped` (the file of encoders/ for this environment, if any;
+    cartpole-balance has its own, so a run from scratch there needs `none`)"""
     freeze_layers: int | Literal["all"] = 0
     """how many of the encoder's layers stay frozen, from the bottom (0: finetune everything)"""
     freeze_random: bool = False
@@ -178,14 +181,18 @@ def choose_renderer():
 
     dm_control fixes its renderer when it is imported, so another process has to try.
     """
+    if importlib.util.find_spec("dm_control") is None:
+        raise UsageError("dm_control is not installed; pip install dm-control")
     if os.environ.get("MUJOCO_GL") or "dm_control._render" in sys.modules:
         return
     for name in ("egl", "osmesa"):
         probe = [sys.executable, "-c", RENDER_PROBE]
-        if subprocess.run(probe, env=os.environ | {"MUJOCO_GL": name}, capture_output=True).returncode == 0:
+        done = subprocess.run(probe, env=os.environ | {"MUJOCO_GL": name}, capture_output=True, text=True)
+        if done.returncode == 0:
             os.environ["MUJOCO_GL"] = name
             return
-    raise UsageError(f"rendering: neither EGL nor OSMesa works here; {RENDER_REMEDY}")
+    reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    raise UsageError(f"rendering: neither EGL nor OSMesa works here ({reason}); {RENDER_REMEDY}")
 
 
 class DMCPixels(gym.Env):
@@ -193,7 +200,7 @@ class DMCPixels(gym.Env):
 
     Observations (3, H, W) uint8, a single frame: stacking is the caller's. Actions (A,) float32 in -1..1, scaled to
     the task's bounds and repeated `action_repeat` times, with their rewards summed. `terminated` is a true end of the
-    task (discount 0) or of a simulation that diverges, which also ends without reward and with a black frame;
+    task (discount 0) or of a simulation that diverges, which ends with a black frame and the rewards so far;
     `truncated` is the time limit.
     """
 
@@ -616,7 +623,10 @@ class Replay:
             raise UsageError(f"--resume: {path} is missing or not of this run; start the run anew")
         if not resuming:
             with open(path, "wb") as file:  # a full disk is noticed here, not by a crash in the middle of the run
-                os.posix_fallocate(file.fileno(), 0, rows * self.dtype.itemsize)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, rows * self.dtype.itemsize)
+                else:  # macOS
+                    file.truncate(rows * self.dtype.itemsize)
         self.data = np.memmap(path, self.dtype, "r+", shape=(rows,))
         self.frames = torch.from_numpy(self.data["frame"])  # (rows, 3, H, W) uint8
         if device is not None:
@@ -700,8 +710,8 @@ def replay_size(args, max_steps):
         math.ceil(steps / max_steps) * (max_steps + 1)
         for steps in (args.total_frames // args.action_repeat, args.replay_size)
     )
-    if all_rows <= wanted:  # nothing is ever overwritten
-        return all_rows, max_steps + 1
+    if all_rows <= wanted:  # nothing is overwritten: there is room for as many early ends as an episode has steps
+        return all_rows + max_steps + 1, max_steps + 1
     return wanted, 2 * math.ceil(args.checkpoint_interval / args.action_repeat) + 3 * (max_steps + 1)
 
 
@@ -920,7 +930,10 @@ class RunFolder:
         if path.exists():
             previous = self.path / "checkpoint.previous.pt"
             previous.unlink(missing_ok=True)
-            os.link(path, previous)
+            try:
+                os.link(path, previous)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, previous)
         buffer = io.BytesIO()  # torch.save hides a full disk's OSError behind a RuntimeError
         torch.save(state, buffer)
         write_atomically(path, lambda file: file.write(buffer.getbuffer()))
@@ -968,7 +981,9 @@ class RunFolder:
                 project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, id=self.path.name,
                 resume="allow", config=asdict(args), sync_tensorboard=True,
             )  # fmt: skip
-        self.tensorboard = SummaryWriter(self.path, purge_step=frame + 1 if frame else None)
+        # Its thread's trace is no help to anyone: what it can't write is an OSError of the next call here as well.
+        threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
+        self.tensorboard = SummaryWriter(self.path, purge_step=frame + 1 if args.resume else None)
         if not frame:
             rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
             self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
@@ -1009,7 +1024,7 @@ def play_episode(agent, env, device, frame_stack, seed, frames=None):
     obs = np.concatenate([frame] * frame_stack)  # (3 * frame_stack, H, W) uint8
     total, length, done = 0.0, 0, False
     while not done:
-        if frames is not None:
+        if frames is not None and len(frames) < GIF_FRAMES:
             frames.append(frame[None])
         frame, reward, terminated, truncated, _ = env.step(act(agent, obs, device))
         obs = np.concatenate([obs[3:], frame])
@@ -1036,12 +1051,15 @@ def evaluate(agent, args, device, frame, folder):
     return metrics
 
 
+GIF_FRAMES = 1000  # at most
+
+
 def write_gif(path, frames, upside_down, scale=2):
     """GIF of frames [(n, C, H, W) uint8, ...], the n copies in rows of three; `upside_down`: row 0 is the bottom."""
     from PIL import Image
 
     images = []
-    for obs in frames[:1000]:
+    for obs in frames[:GIF_FRAMES]:
         # The newest frame of a stack: its last RGB triple where the channels come in threes, else the last channel.
         tiles = obs[:, -3:] if obs.shape[1] % 3 == 0 else obs[:, -1:].repeat(3, axis=1)  # (n, 3, H, W)
         tiles = tiles[:, :, ::-1] if upside_down else tiles
@@ -1185,7 +1203,7 @@ def training_state(agent, optimizers, env, replay, step, seconds):
     return {
         "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step,
         "replay": replay.get_state(), "env": env.get_state(), "seconds": seconds, "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }  # fmt: skip
 
 
@@ -1197,7 +1215,7 @@ def restore(state, agent, optimizers, env, replay, args):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["torch_rng"].cpu())
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"][: torch.cuda.device_count()]])
         env.set_state(state["env"])
         if replay is not None:  # a finished run has none
             replay.set_state(state["replay"])
@@ -1244,7 +1262,7 @@ def run(args, env, agent, optimizers, replay, folder, bar, device, step, seconds
         for frames in (args.total_frames, args.seed_frames, args.eval_interval, args.checkpoint_interval)
     )
     losses = tuple(torch.compile(f) if args.compile else f for f in (critic_ssl_loss, actor_loss))
-    saved, done, history = step, True, []
+    saved, done, history = replay.head, True, []
     while step < total_steps:
         began = time.perf_counter()
         if done:
@@ -1281,9 +1299,9 @@ def run(args, env, agent, optimizers, replay, folder, bar, device, step, seconds
         with interrupt_later():
             if row:
                 folder.log({"frame": frames, **row})
-            if last or done and step - saved >= checkpoint_steps:
+            if last or done and replay.head - saved >= checkpoint_steps:  # rows: the replay's slack counts them
                 folder.save_checkpoint(training_state(agent, optimizers, env, replay, step, seconds))
-                saved = step
+                saved = replay.head
         bar.update(args.action_repeat)
 
 
@@ -1323,6 +1341,7 @@ def main(argv=None):
     keep_memory()
     try:
         folder = train(parse_args(argv))
+        metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
     except UsageError as error:
         print(f"drqv2_pisco.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -1333,7 +1352,6 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
-    metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
     print("evaluation:", ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items()))
     return 0
 

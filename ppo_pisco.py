@@ -15,6 +15,7 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import importlib
 import io
 import json
 import math
@@ -24,6 +25,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
@@ -374,15 +376,24 @@ def env_source(env_id):
     """`jump`, `envpool` or `gymnasium`: who makes this environment. Raises UsageError for an unknown id."""
     if env_id == "Jump-v0":
         return "jump"
-    import envpool
-
-    if env_id in envpool.list_all_envs():
-        return "envpool"
     try:
-        gym.spec(env_id)
+        import envpool
+
+        envpool_ids = envpool.list_all_envs()
+    except ImportError:  # Gymnasium's environments do without it
+        envpool_ids = []
+    if env_id in envpool_ids:
+        return "envpool"
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)  # which registers the environment
+        gym.spec(name)
         return "gymnasium"
-    except (gym.error.Error, ImportError, ValueError):
-        known = dict.fromkeys(["Jump-v0", *envpool.list_all_envs(), *gym.registry])
+    except ImportError as error:
+        raise UsageError(f"--env-id {env_id}: {module} can't be imported ({error}); install or correct it") from None
+    except (gym.error.Error, ValueError):
+        known = dict.fromkeys(["Jump-v0", *envpool_ids, *gym.registry])
         close = difflib.get_close_matches(env_id, known, n=3) or ["Jump-v0", "Pong-v5", "HealthGathering-v1"]
         raise UsageError(f"--env-id {env_id}: unknown environment; did you mean {', '.join(close)}?") from None
 
@@ -395,7 +406,8 @@ def make_jump(args, num_envs, seed, training):
 def make_envpool(args, num_envs, seed, training):
     import envpool
 
-    wanted = {"episodic_life": training, "reward_clip": training, "use_combined_action": True}
+    # EnvPool presses FIRE after a lost life only if lives are episodes; ImageEnvs tells of whole games all the same.
+    wanted = {"episodic_life": True, "reward_clip": training, "use_combined_action": True}
     try:
         known = envpool.make_spec(args.env_id).config._fields
         options = {key: value for key, value in wanted.items() if key in known}
@@ -412,7 +424,7 @@ def make_gymnasium(args, num_envs, seed, training):
             vectorization_mode="sync",
             vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP},
         )
-    except gym.error.DependencyNotInstalled as error:
+    except (gym.error.Error, ImportError) as error:  # what it needs is not installed, or too new for it
         raise UsageError(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
 
 
@@ -930,7 +942,10 @@ class RunFolder:
         if path.exists():
             previous = self.path / "checkpoint.previous.pt"
             previous.unlink(missing_ok=True)
-            os.link(path, previous)
+            try:
+                os.link(path, previous)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, previous)
         buffer = io.BytesIO()  # torch.save hides a full disk's OSError behind a RuntimeError
         torch.save(state, buffer)
         write_atomically(path, lambda file: file.write(buffer.getbuffer()))
@@ -978,7 +993,9 @@ class RunFolder:
                 project=args.wandb_project_name, entity=args.wandb_entity, name=self.path.name, id=self.path.name,
                 resume="allow", config=asdict(args), sync_tensorboard=True,
             )  # fmt: skip
-        self.tensorboard = SummaryWriter(self.path, purge_step=global_step + 1 if global_step else None)
+        # Its thread's trace is no help to anyone: what it can't write is an OSError of the next call here as well.
+        threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
+        self.tensorboard = SummaryWriter(self.path, purge_step=global_step + 1 if args.resume else None)
         if not global_step:
             rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
             self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
@@ -1022,7 +1039,7 @@ def play_episodes(agent, envs, device, greedy, seed, frames=None):
     obs = envs.reset(**({"options": {"task_ids": np.arange(envs.num_envs)}} if envs.source == "jump" else {}))
     episodes = [None] * envs.num_envs
     while None in episodes:
-        if frames is not None:
+        if frames is not None and len(frames) < GIF_FRAMES:
             frames.append(obs[:9].copy())
         playing = [i for i, episode in enumerate(episodes) if episode is None]  # the policy need not see the others
         logits, _ = agent(to_device(obs[playing], device))
@@ -1092,12 +1109,15 @@ def draw_heatmap(path, solved, trained, title):
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
+GIF_FRAMES = 1000  # at most
+
+
 def write_gif(path, frames, upside_down, scale=2):
     """GIF of frames [(n, C, H, W) uint8, ...], the n copies in rows of three; `upside_down`: row 0 is the bottom."""
     from PIL import Image
 
     images = []
-    for obs in frames[:1000]:
+    for obs in frames[:GIF_FRAMES]:
         # The newest frame of a stack: its last RGB triple where the channels come in threes, else the last channel.
         tiles = obs[:, -3:] if obs.shape[1] % 3 == 0 else obs[:, -1:].repeat(3, axis=1)  # (n, 3, H, W)
         tiles = tiles[:, :, ::-1] if upside_down else tiles
@@ -1226,7 +1246,7 @@ def training_state(agent, optimizer, envs, iteration, recent, seconds):
     state = {
         "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration,
         "recent": list(recent), "seconds": seconds, "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }  # fmt: skip
     return state | ({"envs": envs.get_state()} if envs.source == "jump" else {})
 
@@ -1253,7 +1273,7 @@ def restore(state, agent, optimizer, envs, args):
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"][: torch.cuda.device_count()]])
         if "envs" in state:
             return envs.set_state(state["envs"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
@@ -1305,7 +1325,7 @@ def set_up(args):
 
 
 def progress_bar(initial, total):
-    """A bar over environment steps with speed and ETA; a line every half minute where the output is no terminal."""
+    """A bar over steps with speed and ETA; a line every half minute where the output is no terminal."""
     interval = 0.5 if sys.stdout.isatty() else 30  # seconds
     return tqdm(
         initial=initial, total=total, unit="step", unit_scale=True, file=sys.stdout, mininterval=interval,
@@ -1368,6 +1388,7 @@ def main(argv=None):
     keep_memory()
     try:
         folder = train(parse_args(argv))
+        metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
     except UsageError as error:
         print(f"ppo_pisco.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -1378,7 +1399,6 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
-    metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
     print("evaluation:", ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items()))
     return 0
 

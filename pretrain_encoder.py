@@ -18,16 +18,19 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import importlib.util
 import io
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -325,14 +328,18 @@ def choose_renderer():
 
     dm_control fixes its renderer when it is imported, so another process has to try.
     """
+    if importlib.util.find_spec("dm_control") is None:
+        raise UsageError("dm_control is not installed; pip install dm-control")
     if os.environ.get("MUJOCO_GL") or "dm_control._render" in sys.modules:
         return
     for name in ("egl", "osmesa"):
         probe = [sys.executable, "-c", RENDER_PROBE]
-        if subprocess.run(probe, env=os.environ | {"MUJOCO_GL": name}, capture_output=True).returncode == 0:
+        done = subprocess.run(probe, env=os.environ | {"MUJOCO_GL": name}, capture_output=True, text=True)
+        if done.returncode == 0:
             os.environ["MUJOCO_GL"] = name
             return
-    raise UsageError(f"rendering: neither EGL nor OSMesa works here; {RENDER_REMEDY}")
+    reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    raise UsageError(f"rendering: neither EGL nor OSMesa works here ({reason}); {RENDER_REMEDY}")
 
 
 class DMCPixels(gym.Env):
@@ -340,7 +347,7 @@ class DMCPixels(gym.Env):
 
     Observations (3, H, W) uint8, a single frame: stacking is the caller's. Actions (A,) float32 in -1..1, scaled to
     the task's bounds and repeated `action_repeat` times, with their rewards summed. `terminated` is a true end of the
-    task (discount 0) or of a simulation that diverges, which also ends without reward and with a black frame;
+    task (discount 0) or of a simulation that diverges, which ends with a black frame and the rewards so far;
     `truncated` is the time limit.
     """
 
@@ -898,7 +905,10 @@ class RunFolder:
         if path.exists():
             previous = self.path / "checkpoint.previous.pt"
             previous.unlink(missing_ok=True)
-            os.link(path, previous)
+            try:
+                os.link(path, previous)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, previous)
         buffer = io.BytesIO()  # torch.save hides a full disk's OSError behind a RuntimeError
         torch.save(state, buffer)
         write_atomically(path, lambda file: file.write(buffer.getbuffer()))
@@ -938,7 +948,9 @@ class RunFolder:
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
         self.csv_file = open(path, "a", newline="")
         self.csv_writer = csv.DictWriter(self.csv_file, METRICS)
-        self.tensorboard = SummaryWriter(self.path, purge_step=step + 1 if step else None)
+        # Its thread's trace is no help to anyone: what it can't write is an OSError of the next call here as well.
+        threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
+        self.tensorboard = SummaryWriter(self.path, purge_step=step + 1 if args.resume else None)
         if not step:
             rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
             self.tensorboard.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
@@ -1026,8 +1038,8 @@ def state_targets(data, rows):
     """The states of all observations, standardised by those of `rows`: (N, D) float32."""
     if not data.names:
         return data.states
-    mean, std = data.states[rows].mean(0), data.states[rows].std(0).clamp(min=1e-6)
-    return (data.states - mean) / std
+    mean, std = data.states[rows].mean(0), data.states[rows].std(0)
+    return (data.states - mean) / torch.where(std > 1e-4, std, 1.0)  # what is constant in these rows keeps its unit
 
 
 def simsiam_forward(model, obs, args):
@@ -1097,7 +1109,7 @@ def fit(args, model, optimizer, data, targets, rows, folder, device, step, score
             state = {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "score": score,
                 "seconds": seconds, "data": data.digest, "torch_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
             }  # fmt: skip
             with interrupt_later():
                 folder.log(row)
@@ -1132,7 +1144,7 @@ def set_up(args):
 
 
 def progress_bar(initial, total):
-    """A bar over environment steps with speed and ETA; a line every half minute where the output is no terminal."""
+    """A bar over steps with speed and ETA; a line every half minute where the output is no terminal."""
     interval = 0.5 if sys.stdout.isatty() else 30  # seconds
     return tqdm(
         initial=initial, total=total, unit="step", unit_scale=True, file=sys.stdout, mininterval=interval,
@@ -1149,7 +1161,7 @@ def restore(state, model, optimizer, data, args):
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"][: torch.cuda.device_count()]])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"--resume {args.resume}: the checkpoint does not belong to args.json") from None
     return state["step"], state["score"], state["seconds"]
@@ -1214,12 +1226,25 @@ def weights_metadata(args, obs_shape, step, score):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pretraining by reinforcement learning
 # ---------------------------------------------------------------------------------------------------------------------
+def check_resumed(args, saved):
+    """Raises UsageError for flags that are not those of the run to go on with, args.json as the dict `saved`."""
+    for field in fields(RLArgs):
+        key = "total_frames" if field.name == "total_timesteps" and "total_frames" in saved else field.name
+        value, made_with = getattr(args, field.name), (saved | {"objective": "rl"}).get(key)
+        if key in {*saved, "objective"} - {"resume"} and value not in (field.default, made_with):
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"{flag} {value}: the run was made with {made_with}; drop {flag} or start anew")
+
+
 def run_algorithm(args, further):
     """Runs ppo_pisco.py or drqv2_pisco.py on the source tasks, `further` flags added. Returns exit code, run folder."""
     if args.resume:
+        check_resumed(args, saved_args(args.resume))
         program = DRQV2 if "total_frames" in saved_args(args.resume) else PPO
         command, pattern = ["--resume", args.resume], None
     else:
+        if any(re.split("[=_-]+", word)[1:3] == ["exp", "name"] for word in further):
+            raise UsageError("--exp-name: pretraining gives its run a name of its own; drop the flag")
         name = f"pretrain-{os.getpid()}"  # a name of its own, to find the run folder again
         command = ["--exp-name", name, "--encoder-weights", "none", "--freeze-layers", "0", "--ssl", "none"]
         command += ["--env-id", args.env_id, "--seed", str(args.seed), "--runs-dir", args.runs_dir]
@@ -1253,7 +1278,9 @@ def export(folder, args):
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     score = json.loads((folder / "evaluation.json").read_text())["metrics"]
-    metadata |= {"objective": "rl", "score": json.dumps(score)}
+    if metadata["objective"].endswith("ssl none)"):  # the usual case; another loss stays named
+        metadata["objective"] = "rl"
+    metadata["score"] = json.dumps(score)
     args.env_id, args.encoder = metadata["environment"], metadata["architecture"]
     path = output_path(args)
     write_weights(path, tensors, metadata)
@@ -1262,15 +1289,18 @@ def export(folder, args):
 
 def pretrain_rl(args, further):
     """Reinforcement learning and its export. Returns the exit code. Raises UsageError, OSError."""
-    args.encoder = args.encoder or ("drqv2" if is_dmc(args.env_id) else "nature")
     if not args.resume:
+        args.encoder = args.encoder or ("drqv2" if is_dmc(args.env_id) else "nature")
         check_family(args.env_id, args.encoder)
     if args.output or not args.resume:  # before the training, not after it
         output_path(args)
     code, folder = run_algorithm(args, further)
     if code:
         if code == 130 and folder:
-            print(f"pretrain_encoder.py: go on with: python pretrain_encoder.py --resume {folder}", file=sys.stderr)
+            further = f" --output {shlex.quote(args.output)}" if args.output else ""
+            further += " --force" if args.force else ""
+            command = f"python pretrain_encoder.py --resume {folder}{further}"
+            print(f"pretrain_encoder.py: go on with: {command}", file=sys.stderr)
         return code
     path, metadata, score = export(folder, args)
     print("source tasks:", ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in score.items()))
@@ -1417,7 +1447,11 @@ def layer_features(encoder, data):
 def probe_encoder(encoder, data, is_source, is_jump, name):
     """All scores of one encoder: a list of dicts of layer, variant, metric, source, target, transfer."""
     states = data.states.double()
-    state = (states - states.mean(0)) / states.std(0)
+    # What is the same in a whole set says nothing there.
+    varies = (states[is_source].std(0) > 0) & (states[~is_source].std(0) > 0)
+    if not varies.any():
+        raise UsageError("--jump-source, --jump-target: no state varies within both; give more tasks")
+    state = ((states - states.mean(0)) / states.std(0))[:, varies]
     results = []
     for layer, variants in enumerate(tqdm(layer_features(encoder, data), name, len(encoder.layers) + 1, disable=None)):
         for variant, x in variants.items():
@@ -1458,10 +1492,13 @@ def probe_data(args, metadata):
             f"--encoder-weights {args.encoder_weights}: made for images {obs_shape}, not those of {env_id}"
         )
     if env_id == "Jump-v0":
-        for i, text in enumerate((args.jump_source, args.jump_target)):
-            tasks = parse_jump_tasks(text)
+        for flag, text in (("--jump-source", args.jump_source), ("--jump-target", args.jump_target)):
+            try:
+                tasks = parse_jump_tasks(text)
+            except UsageError as error:
+                raise UsageError(str(error).replace("--jump-tasks", flag)) from None
             if len(tasks) < 3:
-                raise UsageError(f"--jump-{('source', 'target')[i]} {text}: give three or more tasks, to leave one out")
+                raise UsageError(f"{flag} {text}: give three or more tasks, to leave one out")
             parts.append(jump_data(tasks, *probe_states(tasks, args.seed)))
     else:
         stack, size = obs_shape[0] // 3, obs_shape[1]
@@ -1542,8 +1579,8 @@ def recommend(results, control, tolerance):
     k = fits[-1]
     reason = f"layer {k} has the target score {scores[k]:.3f} (random weights {chance[k]:.3f}, best layer {best:.3f})"
     if k + 1 < len(scores):
-        reason += f", layer {k + 1} only {scores[k + 1]:.3f}"
-        reason += f" (random weights {chance[k + 1]:.3f})" if scores[k + 1] >= best - tolerance else ""
+        worse = f"less than random weights, {chance[k + 1]:.3f}" if scores[k + 1] >= best - tolerance else "too little"
+        reason += f", layer {k + 1} has {scores[k + 1]:.3f}, {worse}"
     return k, reason
 
 

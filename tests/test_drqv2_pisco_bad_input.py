@@ -128,6 +128,23 @@ def test_no_renderer_works(tmp_path):
         assert "MUJOCO_GL" in line and "apt-get install libegl1" in line and "libosmesa6" in line
 
 
+@pytest.mark.parametrize("renderer", ["", "egl"])
+def test_missing_dm_control_is_not_called_a_missing_renderer(refused, monkeypatch, renderer):
+    monkeypatch.setenv("MUJOCO_GL", renderer)
+    monkeypatch.setattr(drqv2_pisco.importlib.util, "find_spec", lambda name: None)
+    assert "apt-get" not in refused("", "dm_control is not installed", "pip install dm-control")
+
+
+def test_why_no_renderer_works(monkeypatch):
+    failed = subprocess.CompletedProcess([], returncode=1, stderr="a trace\nImportError: the reason\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    for name in [name for name in sys.modules if name == "dm_control._render"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("MUJOCO_GL", "")
+    with pytest.raises(drqv2_pisco.UsageError, match=r"\(ImportError: the reason\); install EGL"):
+        drqv2_pisco.choose_renderer()
+
+
 def test_the_users_renderer_is_kept_and_egl_comes_first(monkeypatch):
     tried = []
 

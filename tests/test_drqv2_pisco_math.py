@@ -1,11 +1,15 @@
 """The mathematics of drqv2_pisco.py against numbers worked out by hand."""
 
 import ast
+import copy
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from conftest import ROOT
 from drqv2_pisco import (
     Agent, Args, MapLinear, Replay, act, critic_loss, gaussian_kl, make_optimizers, pisco_loss, replay_size,
@@ -127,8 +131,8 @@ def test_replay_goes_on_with_the_same_samples(tmp_path):
 
 
 def test_replay_size():
-    # 500 steps of 2 frames an episode: 501 rows each. A short run keeps all: 100 episodes.
-    assert replay_size(Args(total_frames=100_000), 500) == (100 * 501, 501)
+    # 500 steps of 2 frames an episode: 501 rows each. A short run keeps all: 100 episodes, and room for another.
+    assert replay_size(Args(total_frames=100_000), 500) == (101 * 501, 501)
     # A long one keeps 2,000 episodes. Between two checkpoints lie 5,000 steps and an episode at most; what two such
     # spans and the episode after them overwrite is not sampled.
     assert replay_size(Args(total_frames=3_000_000), 500) == (2000 * 501, 2 * 5000 + 3 * 501)
@@ -185,6 +189,103 @@ def test_acting():
 
 
 # --- Update ----------------------------------------------------------------------------------------------------------
+def textbook_update(agent, batch, std, args, views, noise):
+    """One update of DrQ-v2 (Yarats et al. 2021) plus lambda L_ssl, written down anew: plain layers, one Adam for each
+    part, torch's own distributions. Returns copies of the networks after it and the losses."""
+    agent = copy.deepcopy(agent)
+    encoder, actor, critic, target = agent.encoder, agent.actor, agent.critic, agent.critic_target
+    _, action, reward, discount, _ = batch
+    (obs, next_obs), (next_noise, actor_noise) = views[:2], noise
+    learned = [encoder.parameters(), critic.parameters(), [*actor.parameters(), *agent.projector.parameters()]]
+    optimizers = [torch.optim.Adam(parameters, lr=1e-3) for parameters in learned]
+
+    def encode(images, layers=encoder.layers):
+        x = images.float().contiguous() / 255 - 0.5
+        for conv, _ in layers:
+            x = F.relu(F.conv2d(x, conv.weight, conv.bias, stride=conv.stride))
+        return x.flatten(1)
+
+    def trunk(part, x):
+        linear, norm, _ = part
+        return torch.tanh(F.layer_norm(x @ linear.weight.T + linear.bias, (args.feature_dim,), norm.weight, norm.bias))
+
+    def q_values(part, x, action):
+        z = torch.cat([trunk(part.trunk, x), action], dim=1)
+        return part.q1(z), part.q2(z)
+
+    def noisy(mu, noise):  # straight through the bounds
+        action = mu + (std * noise).clamp(-args.stddev_clip, args.stddev_clip)
+        return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+    policy = lambda z: torch.tanh(actor.policy(z))  # noqa: E731
+    x = encode(obs)
+    with torch.no_grad():
+        next_x = encode(next_obs)
+        next_action = noisy(policy(trunk(actor.trunk, next_x)), next_noise)
+        wanted = reward + discount * torch.minimum(*q_values(target, next_x, next_action))
+    losses = {"critic_loss": sum(((q - wanted) ** 2).mean() for q in q_values(critic, x, action))}
+    total = losses["critic_loss"]
+    if args.ssl != "none":
+        b = len(views[2])
+        z1, z2 = trunk(actor.trunk, x[:b]), trunk(actor.trunk, encode(views[2]))
+        p1, p2 = agent.projector(z1), agent.projector(z2)
+        if args.ssl in ("pisco", "consistency"):
+            normal = lambda z: torch.distributions.Normal(policy(z), args.pisco_std)  # noqa: E731
+            sg = lambda z: torch.distributions.Normal(policy(z).detach(), args.pisco_std)  # noqa: E731
+            kl = lambda z, p: torch.distributions.kl_divergence(sg(z), normal(p)).sum(1).mean()  # noqa: E731
+            loss = kl(z1, p2) / 2 + kl(z2, p1) / 2
+        elif args.ssl == "simsiam":
+            cosine = lambda z, p: F.cosine_similarity(z.detach(), p).mean()  # noqa: E731
+            loss = -cosine(z1, p2) / 2 - cosine(z2, p1) / 2
+        else:
+            keys, key_trunk = agent.key_encoder
+            k1, k2 = (trunk(key_trunk, encode(images, keys.layers)).detach() for images in (obs[:b], views[2]))
+            match = lambda p, k: -(p @ k.T).log_softmax(1).diagonal().mean()  # noqa: E731
+            loss = match(p1, k2) / 2 + match(p2, k1) / 2
+        losses[args.ssl] = loss
+        total = total + args.ssl_coef * loss
+    total.backward()
+    for optimizer in optimizers[:2]:
+        optimizer.step()
+
+    x = x.detach()
+    losses["actor_loss"] = -torch.minimum(
+        *q_values(critic, x, noisy(policy(trunk(actor.trunk, x)), actor_noise))
+    ).mean()
+    losses["actor_loss"].backward(inputs=list(actor.parameters()))
+    optimizers[2].step()
+    for slow, fast in zip(target.parameters(), critic.parameters()):
+        slow.data = (1 - args.tau) * slow.data + args.tau * fast.data
+    if args.ssl == "curl":
+        for slow, fast in zip(agent.key_encoder.parameters(), [*encoder.parameters(), *actor.trunk.parameters()]):
+            slow.data = (1 - args.curl_tau) * slow.data + args.curl_tau * fast.data
+    return agent, losses
+
+
+@pytest.mark.parametrize("ssl", ["none", "pisco", "consistency", "simsiam", "curl"])
+def test_update_is_that_of_the_textbook(monkeypatch, ssl):
+    args, agent = tiny_agent(ssl=ssl, tau=0.25, curl_tau=0.25, pisco_std=0.5, ssl_coef=0.7)
+    args.ssl_fraction = 0.5
+    for part in (agent.critic_target, getattr(agent, "key_encoder", nn.Identity())):  # away from what they follow
+        for p in part.parameters():
+            p.data.add_(0.1 * torch.randn_like(p))
+    count = itertools.count(1)
+    monkeypatch.setattr(drqv2_pisco, "augment", lambda images, *_: images.roll(next(count), dims=-1))
+    batch = tiny_batch(8)
+    views = batch[0].roll(1, dims=-1), batch[4].roll(2, dims=-1), batch[0][:4].roll(3, dims=-1)
+    torch.manual_seed(3)
+    noise = torch.randn(8, 2), torch.randn(8, 2)
+    assert 0.4 * noise[0].abs().max() > args.stddev_clip  # the clip is at work
+    wanted, losses = textbook_update(agent, batch, 0.4, args, views, noise)
+    torch.manual_seed(3)
+    stats = update(agent, make_optimizers(agent, 1e-3), batch, 0.4, args)
+    for name, loss in losses.items():
+        assert stats[name].item() == pytest.approx(loss.item(), rel=1e-4), name
+    for (name, ours), theirs in zip(agent.named_parameters(), wanted.parameters()):
+        # Adam's first step is the gradient's sign times 1e-3: where a gradient is next to zero, rounding decides.
+        assert ((ours - theirs).abs() < 2e-5).float().mean() > 0.99, name
+
+
 def gradients(monkeypatch, losses=None, **flags):
     """Gradients by parameter name just before the optimizers' steps of one update with the images as they are."""
     monkeypatch.setattr(drqv2_pisco, "augment", lambda images, *_: images)

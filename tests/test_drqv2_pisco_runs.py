@@ -230,7 +230,47 @@ def test_evaluation_leaves_training_alone(tmp_path, finished):
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert len(set(evaluation(folder)["return"])) == 2  # two different episodes
     video = Image.open(folder / "evaluation_80.gif")
-    assert video.format == "GIF" and video.size == (52, 52) and video.n_frames == 20  # a rim of 1, twice as large
+    assert video.format == "GIF" and video.size == (52, 52) and 1 < video.n_frames <= 20  # a rim of 1, twice as large
+
+
+def stack_of(rows, i, first):
+    """The observation whose newest frame is in row i of an episode that begins in row `first`."""
+    return np.concatenate([rows[max(i - k, first)][0] for k in (2, 1, 0)])
+
+
+def test_what_is_played_is_what_is_stored(tmp_path, monkeypatch):
+    """Actions come from the stacks that the replay will have, with the schedule's noise; only a true end is stored as
+    one."""
+    rows, acts, steps = [], [], []
+    add, act, step = drqv2_pisco.Replay.add, drqv2_pisco.act, DMCPixels.step
+
+    def spy_add(self, frame, action=0.0, reward=0.0, terminated=False):
+        rows.append((frame.copy(), action, reward, terminated))
+        add(self, frame, action, reward, terminated)
+
+    def spy_act(agent, obs, device, std=None):
+        acts.append((obs, std)) if std is not None else None  # an evaluation gives none
+        return act(agent, obs, device, std or 0.0)
+
+    def end_the_second_episode_early(self, action):
+        steps.append(action)
+        frame, reward, _, truncated, info = step(self, action)
+        return frame, reward, len(steps) == 27, truncated, info
+
+    monkeypatch.setattr(drqv2_pisco.Replay, "add", spy_add)
+    monkeypatch.setattr(drqv2_pisco, "act", spy_act)
+    monkeypatch.setattr(DMCPixels, "step", end_the_second_episode_early)
+    train(tmp_path, "--total-frames 160 --stddev-steps 50 --eval-interval 0")
+    # Episodes of 20 and 7 steps, then 20 and 20 and 13: each has a row more than steps.
+    firsts = [0, 21, 29, 50, 71]
+    assert len(rows) == 80 + 5 and [i for i, row in enumerate(rows) if row[3]] == [28]
+    played = [(i, first) for first, end in zip(firsts, [*firsts[1:], 85]) for i in range(first, end - 1)]
+    assert len(played) == 80 and len(acts) == 70  # ten steps explore
+    for t, ((i, first), (obs, std)) in enumerate(zip(played[10:], acts), start=10):
+        np.testing.assert_array_equal(obs, stack_of(rows, i, first))
+        assert std == pytest.approx(drqv2_pisco.stddev_schedule(t, 1.0, 0.1, 50))
+    for (i, _), action in zip(played, steps):
+        np.testing.assert_array_equal(rows[i + 1][1], action)
 
 
 def test_printed_memory_and_table(tmp_path, capsys):

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import (
-    ROOT, Bomb, assert_same_end, command, encoder_file, kill_at, resume, snapshot, train_until_killed,
+    ROOT, Bomb, assert_same_end, command, encoder_file, kill_at, resume, snapshot, train, train_until_killed,
 )  # fmt: skip
 from ppo_pisco import Args, Encoder, save_encoder
 
@@ -110,7 +110,7 @@ def test_unknown_environment_gets_suggestions(refused, env_id, suggestion):
     assert suggestion in suggestions and len(suggestions) == len(set(suggestions))
 
 
-@pytest.mark.parametrize("env_id", ["nonsense", "a/b:c", "no_such_module:Env-v0"])
+@pytest.mark.parametrize("env_id", ["nonsense", "a/b:c", "conftest:Env-v0"])
 def test_unknown_environment(refused, env_id):
     refused(f"--env-id {env_id}", f"--env-id {env_id}")
 
@@ -123,6 +123,8 @@ def test_unknown_environment(refused, env_id):
         ("--env-id Taxi-v3", ("--env-id Taxi-v3", "images")),  # a single number
         ("--env-id HalfCheetah-v4", ("--env-id HalfCheetah-v4", "images")),  # EnvPool's
         ("--env-id TinyImageContinuous-v0", ("--env-id TinyImageContinuous-v0", "Discrete")),
+        ("--env-id HalfCheetah-v2", ("--env-id HalfCheetah-v2", "mujoco")),  # its module is gone
+        ("--env-id no_such_module:Env-v0", ("--env-id no_such_module:Env-v0", "No module named 'no_such_module'")),
         ("--env-id TinyImageSmall-v0", ("--encoder nature", "20x20")),
     ],
 )
@@ -364,6 +366,27 @@ def test_full_disk_keeps_the_previous_checkpoint(stopped, finished):
     assert err.splitlines()[-1].startswith("ppo_pisco.py: error: ") and "--resume" in err
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["iteration"] == 2
     assert_same_end(resume(stopped), finished)
+
+
+@pytest.mark.parametrize("size", [2500, 3000, 3500])
+def test_full_disk_met_by_tensorboard_first(tmp_path, size):
+    """Its thread must not print a trace beside the line."""
+    code, err = limited(command(tmp_path, "--checkpoint-interval 100"), resource.RLIMIT_FSIZE, size)
+    assert code == 2 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("ppo_pisco.py: error: ")
+    (folder,) = tmp_path.iterdir()
+    resume(folder)
+
+
+def test_file_system_without_hard_links(tmp_path, monkeypatch, small_grid, finished):
+    def refuse(*paths):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = train(tmp_path)
+    assert_same_end(folder, finished)
+    before, last = (torch.load(folder / f"checkpoint{name}.pt", weights_only=True) for name in (".previous", ""))
+    assert (before["iteration"], last["iteration"]) == (3, 4)
 
 
 @pytest.mark.parametrize("flags", ["", "--env-id Pong-v5"])

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import safetensors.torch
@@ -607,12 +608,58 @@ def test_atari_statistics_are_those_of_whole_games(env_id):
 
 def test_atari_evaluation_plays_whole_games_unclipped():
     envs, told = spied("MsPacman-v5", 4, training=False)
+    rng, rewards, games = np.random.default_rng(0), [], 0
+    envs.reset()
+    for _ in range(700):
+        rewards.append(envs.step(rng.integers(envs.num_actions, size=4))[1])
+        assert all(told[-1][4]["lives"][episode["env"]] == 0 for episode in envs.episodes)
+        games += len(envs.episodes)
+    assert np.max(rewards) >= 10.0 and games  # a dot
+
+
+def test_breakout_goes_on_after_a_lost_life_in_evaluation_too():
+    """Without FIRE there is no new ball: it must not depend on the policy that a game ends."""
+    envs, games = ImageEnvs(Args(env_id="Breakout-v5"), 2, seed=1, training=False), 0
     rng = np.random.default_rng(0)
     envs.reset()
-    rewards = [envs.step(rng.integers(envs.num_actions, size=4))[1] for _ in range(700)]
-    assert np.max(rewards) >= 10.0  # a dot
-    ends = np.array([step[2] for step in told])
-    assert ends.any() and all((step[4]["lives"][step[2]] == 0).all() for step in told)
+    for _ in range(600):
+        envs.step(rng.choice([0, 2, 3], size=2))  # all but FIRE
+        games += len(envs.episodes)
+    assert games >= 2
+
+
+def test_environment_of_the_users_own_module(tmp_path, monkeypatch):
+    module = 'import gymnasium\ngymnasium.register("Own-v0", entry_point="conftest:TinyImage")\n'
+    (tmp_path / "own_module.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(gym.registry, "Own-v0", raising=False)
+    folder = train(tmp_path / "runs", "--env-id own_module:Own-v0 --total-timesteps 64")
+    assert folder.name.startswith("own_module-Own-v0__") and len(finite_losses(folder)) == 2
+
+
+def test_gymnasium_needs_no_envpool(monkeypatch):
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    assert ppo_pisco.env_source("TinyImage-v0") == "gymnasium"
+    with pytest.raises(ppo_pisco.UsageError, match="unknown environment"):
+        ppo_pisco.env_source("Pong-v5")
+
+
+def test_pictures_end_where_the_gif_does(monkeypatch, small_grid):
+    monkeypatch.setattr(ppo_pisco, "GIF_FRAMES", 3)
+    args, frames = Args(encoder_weights="none", feature_dim=16), []
+    envs = ImageEnvs(args, 2, 1, training=False)
+    agent = ppo_pisco.Agent(args, envs.obs_shape, envs.num_actions)
+    episodes = ppo_pisco.play_episodes(agent, envs, torch.device("cpu"), True, 0, frames)
+    assert len(frames) == 3 and min(episode["length"] for episode in episodes) > 3
+
+
+def test_tensorboard_has_every_step_once_after_a_kill_before_the_first_checkpoint(tmp_path, monkeypatch, finished):
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, ppo_pisco, "update", 3)
+        folder = train_until_killed(tmp_path, "--checkpoint-interval 10")
+    resume(folder)
+    events = EventAccumulator(str(folder)).Reload().Scalars("losses/entropy")
+    assert [event.step for event in events] == [32, 64, 96, 128]
 
 
 def test_vizdoom_combines_its_buttons(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import types
 
 import drqv2_pisco
 import numpy as np
@@ -57,7 +57,11 @@ def test_writes_an_encoder_that_ppo_loads(tmp_path, capfd):
     args = json.loads((run / "args.json").read_text())
     assert args["ent_coef"] == 0.02  # the user's flag beats pretraining's 0.003
     again = tmp_path / "again.safetensors"
-    assert pretrain_encoder.main(["--resume", str(run), "--output", str(again)]) == 0
+    for flag, value in {"seed": 99, "total-timesteps": 5, "env-id": "Pong-v5", "objective": "state"}.items():
+        capfd.readouterr()
+        assert pretrain_encoder.main(["--resume", str(run), "--output", str(again), f"--{flag}", str(value)]) == 2
+        assert f"--{flag} {value}: the run was made with" in capfd.readouterr().err and not again.exists()
+    assert pretrain_encoder.main(["--resume", str(run), "--output", str(again), "--seed", "3"]) == 0
     for name, tensor in safetensors.torch.load_file(again).items():
         assert torch.equal(tensor, before[name])
 
@@ -70,6 +74,8 @@ def test_writes_an_encoder_that_ppo_loads(tmp_path, capfd):
         (("--nonsense", "1"), "--nonsense"),
         (("--total-timesteps", "many"), "--total-timesteps"),
         (("--resume", "runs/nowhere"), "--resume"),
+        (("--exp-name", "mine"), "--exp-name"),
+        (("--exp_name=mine",), "--exp-name"),
     ],
 )
 def test_bad_input(tmp_path, capfd, flags, named):
@@ -87,6 +93,27 @@ def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capf
         assert pretrain_encoder.main(flags) == 2
         error = capfd.readouterr().err
         assert "--output" in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_interrupted_rl_tells_the_whole_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain_encoder, "run_algorithm", lambda args, further: (130, tmp_path / "run"))
+    output = tmp_path / "my encoder.safetensors"
+    assert pretrain(tmp_path, "--output", str(output), "--force") == 130
+    line = capsys.readouterr().err.strip()
+    assert line.endswith(f"python pretrain_encoder.py --resume {tmp_path / 'run'} --output '{output}' --force")
+
+
+def test_another_loss_of_the_users_stays_named(tmp_path):
+    output = tmp_path / "e.safetensors"
+    assert pretrain(tmp_path, "--output", str(output), "--ssl", "pisco") == 0
+    assert encoder_file(output)[1]["objective"] == "rl (ppo, ssl pisco)"
+
+
+def test_state_targets_of_what_never_changes_keep_their_unit():
+    states = torch.tensor([[1.0, 5.0], [3.0, 5.0], [7.0, 9.0]])
+    data = types.SimpleNamespace(names=["a", "b"], states=states)
+    wanted = (states - torch.tensor([2.0, 5.0])) / torch.tensor([2.0**0.5, 1.0])  # of the first two rows
+    torch.testing.assert_close(pretrain_encoder.state_targets(data, torch.tensor([0, 1])), wanted)
 
 
 def test_rl_on_the_control_suite_runs_drqv2(tmp_path, capfd):

@@ -183,6 +183,15 @@ def test_recommendation(pretrained, control, count):
     assert found == count and reason
 
 
+def test_reason_says_what_is_wrong_with_the_next_layer():
+    chance = rows(0.2, 0.5, 0.5, 0.9, 0.5)
+    assert (
+        "layer 3 has 0.810, less than random weights, 0.900"
+        in pretrain.recommend(rows(0.2, 0.80, 0.84, 0.81, 0.3), chance, 0.05)[1]
+    )
+    assert "layer 3 has 0.700, too little" in pretrain.recommend(rows(0.2, 0.80, 0.84, 0.7, 0.3), chance, 0.05)[1]
+
+
 def test_layer_score_takes_the_better_variant_and_averages_the_metrics():
     results = [
         {"layer": 0, "variant": variant, "metric": metric, "target": target}
@@ -223,6 +232,16 @@ def test_probe_on_jump(tmp_path, capsys):
     for row in table:
         low = -1 if row["metric"] == "state R2" else 0
         assert all(low <= float(row[name]) <= 1 for name in ("source", "target", "transfer"))
+
+
+@pytest.mark.parametrize("target", ["20:10,30:10,40:10", "22:10,33:14,44:18"])
+def test_probe_leaves_out_what_never_changes(tmp_path, target):
+    """One floor says nothing of how well the floor is read."""
+    flags = f"--jump-source 20:10,30:10,40:10 --jump-target {target} --num-random 1 --output {tmp_path / 'out'}"
+    assert pretrain.main(["probe", "--encoder-weights", str(weights(tmp_path / "e.safetensors")), *flags.split()]) == 0
+    with open(tmp_path / "out" / "probe.csv", newline="") as file:
+        numbers = [float(row[name]) for row in csv.DictReader(file) for name in ("source", "target", "transfer")]
+    assert len(numbers) == 2 * 5 * 2 * 2 * 3 and np.isfinite(numbers).all()
 
 
 def test_probe_on_the_control_suite(tmp_path, capsys):
@@ -288,7 +307,8 @@ def test_bad_weights(tmp_path, capsys, how, named):
         ("--env-id cartpole-balance --target-env-id cartpole-swingup", "--encoder-weights"),
         ("--target-env-id cartpole-swingup", "--target-env-id"),
         ("--jump-source 20:10,30:10", "--jump-source"),
-        ("--jump-target nowhere", "nowhere"),
+        ("--jump-source nowhere", "--jump-source 'nowhere'"),
+        ("--jump-target 20:99", "--jump-target"),
         ("--tolerance -1", "--tolerance"),
         ("--num-random 0", "--num-random"),
         ("--nonsense 1", "--nonsense"),
