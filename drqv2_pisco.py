@@ -1328,7 +1328,8 @@ def train(args):
         restore(state, agent, optimizers, env, replay, args)
     folder.open_logs(args, start * args.action_repeat)
     with progress_bar(start * args.action_repeat, total_steps * args.action_repeat) as bar, folder:
-        run(args, env, agent, optimizers, replay, folder, bar, device, start, seconds)
+        if replay is not None:
+            run(args, env, agent, optimizers, replay, folder, bar, device, start, seconds)
     env.close()
     obs_shape = (3 * args.frame_stack, args.image_size, args.image_size)
     folder.export(agent, args, obs_shape, total_steps * args.action_repeat)
