@@ -74,6 +74,8 @@ class Args:
     """CPU threads of PyTorch (0: PyTorch's own choice, one per physical core)"""
     compile: bool = False
     """compile the losses with torch.compile; worth its start-up time on a GPU"""
+    bf16: bool = False
+    """compute the encoder in bfloat16; worth it on a GPU and on a CPU with AMX, other CPUs become slower"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "pisco"
@@ -298,14 +300,14 @@ class Encoder(nn.Module):
     The first `frozen` layers take no gradient, build no graph and stay in eval mode.
     """
 
-    def __init__(self, obs_shape):
+    def __init__(self, obs_shape, bf16=False):
         super().__init__()
         layers = []
         for i in range(4):
             conv = nn.Conv2d(32 if i else obs_shape[0], 32, 3, stride=1 if i else 2)
             layers.append(nn.Sequential(layer_init(conv), nn.ReLU(inplace=True)))
         self.layers = nn.ModuleList(layers)
-        self.frozen = 0
+        self.frozen, self.bf16 = 0, bf16
         side = (obs_shape[1] - 3) // 2 + 1 - 6
         if side < 1:
             raise UsageError(f"--image-size {obs_shape[1]}: too small for the encoder; choose at least 15")
@@ -331,10 +333,11 @@ class Encoder(nn.Module):
         return x
 
     def forward(self, obs):
-        x = self.frozen_prefix(obs)
-        for layer in self.layers[self.frozen :]:
-            x = layer(x)
-        return x
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.frozen_prefix(obs)
+            for layer in self.layers[self.frozen :]:
+                x = layer(x)
+        return x.float()
 
     def table(self):
         """The layers as text: index, type, parameters, frozen or trained."""
@@ -412,7 +415,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_shape, num_actions):
         super().__init__()
         dim = args.feature_dim
-        self.encoder = Encoder(obs_shape)
+        self.encoder = Encoder(obs_shape, args.bf16)
         map_shape = self.encoder.map_shape
         self.actor = Actor(map_shape, num_actions, args)
         self.critic = Critic(map_shape, num_actions, args)
@@ -424,7 +427,8 @@ class Agent(nn.Module):
         elif args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
             # The key encoder follows f and the actor's trunk, see update.
-            self.key_encoder = nn.Sequential(Encoder(obs_shape), make_trunk(map_shape, dim)).requires_grad_(False)
+            self.key_encoder = nn.Sequential(Encoder(obs_shape, args.bf16), make_trunk(map_shape, dim))
+            self.key_encoder.requires_grad_(False)
             self.key_encoder[1].load_state_dict(self.actor.trunk.state_dict())
 
 

@@ -72,6 +72,8 @@ class Args:
     """CPU threads of PyTorch (0: PyTorch's own choice, one per physical core)"""
     compile: bool = False
     """compile the update with torch.compile; worth its start-up time on a GPU"""
+    bf16: bool = False
+    """compute the encoder in bfloat16; worth it on a GPU and on a CPU with AMX, other CPUs become slower"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
     wandb_project_name: str = "pisco"
@@ -475,7 +477,7 @@ class Encoder(nn.Module):
     The first `frozen` layers take no gradient, build no graph and stay in eval mode.
     """
 
-    def __init__(self, architecture, obs_shape, feature_dim):
+    def __init__(self, architecture, obs_shape, feature_dim, bf16=False):
         super().__init__()
         layers = {"nature": nature_layers, "impala": impala_layers}[architecture](obs_shape[0])
         try:
@@ -490,7 +492,7 @@ class Encoder(nn.Module):
             nn.Sequential(*rectify, nn.Flatten(), layer_init(nn.Linear(flat, feature_dim)), nn.ReLU(inplace=True))
         )
         self.layers = nn.ModuleList(layers)
-        self.frozen = 0
+        self.frozen, self.bf16 = 0, bf16
 
     def freeze(self, count):
         self.frozen = count
@@ -514,10 +516,11 @@ class Encoder(nn.Module):
     def forward(self, obs):
         # Without a graph nothing keeps the activations: in chunks they stay in a CPU's cache, which halves the time.
         chunked = self.frozen and obs.device.type == "cpu" and len(obs) > 256
-        x = torch.cat([self.frozen_prefix(o) for o in obs.split(256)]) if chunked else self.frozen_prefix(obs)
-        for layer in self.layers[self.frozen :]:
-            x = layer(x)
-        return x
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            x = torch.cat([self.frozen_prefix(o) for o in obs.split(256)]) if chunked else self.frozen_prefix(obs)
+            for layer in self.layers[self.frozen :]:
+                x = layer(x)
+        return x.float()
 
     def table(self):
         """The layers as text: index, type, parameters, frozen or trained."""
@@ -536,7 +539,7 @@ class Agent(nn.Module):
     def __init__(self, args, obs_shape, num_actions):
         super().__init__()
         dim = args.feature_dim
-        self.encoder = Encoder(args.encoder, obs_shape, dim)
+        self.encoder = Encoder(args.encoder, obs_shape, dim, args.bf16)
         self.actor = layer_init(nn.Linear(dim, num_actions), std=0.01)
         self.critic = layer_init(nn.Linear(dim, 1), std=1)
         self.projector = nn.Identity()  # consistency: PiSCO with h = identity
@@ -548,7 +551,8 @@ class Agent(nn.Module):
             )
         elif args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
-            self.key_encoder = Encoder(args.encoder, obs_shape, dim).requires_grad_(False)  # follows f, see update
+            self.key_encoder = Encoder(args.encoder, obs_shape, dim, args.bf16)  # follows f, see update
+            self.key_encoder.requires_grad_(False)
         if args.env_id == "Jump-v0":
             # There is one right moment to jump, so a fair coin hardly ever clears an obstacle far away.
             with torch.no_grad():

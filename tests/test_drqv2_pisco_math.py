@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT
 from drqv2_pisco import (
-    Agent, Args, MapLinear, Replay, act, critic_loss, gaussian_kl, make_optimizers, pisco_loss, replay_size,
+    Agent, Args, Encoder, MapLinear, Replay, act, critic_loss, gaussian_kl, make_optimizers, pisco_loss, replay_size,
     sample_nstep, stddev_schedule, truncated_normal, update,
 )  # fmt: skip
 
@@ -176,6 +176,26 @@ def test_shapes_of_the_official_network():
     assert agent.actor.trunk[0].weight.shape == (50, 39200)
     maps = agent.encoder(torch.zeros(2, 9, 84, 84, dtype=torch.uint8))
     assert maps.shape == (2, 32, 35, 35) and maps.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_bf16_rounds_inside_the_encoder_alone(count):
+    torch.manual_seed(0)
+    encoder = Encoder((9, 24, 24)).freeze(count)
+    rounded = Encoder((9, 24, 24), bf16=True).freeze(count)
+    rounded.load_state_dict(encoder.state_dict())
+    images, inside = tiny_batch(64)[0], []
+    for layer in rounded.layers:
+        layer.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
+    maps, maps_rounded = encoder(images), rounded(images)
+    maps.sum().backward()
+    maps_rounded.sum().backward()
+    assert inside == [torch.bfloat16] * 4 and maps_rounded.dtype == torch.float32
+    assert maps_rounded.is_contiguous(memory_format=torch.channels_last)
+    # bfloat16 has eight significant bits: a rounding is off by 2**-9 at most
+    assert 0 < (maps - maps_rounded).norm() / maps.norm() < 0.02
+    for one, other in zip(encoder.layers[count:].parameters(), rounded.layers[count:].parameters()):
+        assert other.grad.dtype == torch.float32 and 0 < (one.grad - other.grad).norm() / one.grad.norm() < 0.05
 
 
 def test_acting():

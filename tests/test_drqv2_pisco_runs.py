@@ -136,8 +136,8 @@ def test_environment_state_gives_the_same_next_episode():
 
 
 # --- What training changes -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("count", [0, 2, "all"])
-def test_frozen_layers_stay_and_the_others_move(tmp_path, monkeypatch, count):
+@pytest.mark.parametrize("count, flags", [(0, ""), (2, ""), ("all", ""), (2, "--bf16")])
+def test_frozen_layers_stay_and_the_others_move(tmp_path, monkeypatch, count, flags):
     initial, make_agent = {}, drqv2_pisco.make_agent
 
     def spy(*args):
@@ -146,7 +146,7 @@ def test_frozen_layers_stay_and_the_others_move(tmp_path, monkeypatch, count):
         return agent, text
 
     monkeypatch.setattr(drqv2_pisco, "make_agent", spy)
-    folder = train(tmp_path, f"--freeze-layers {count} --freeze-random --total-frames 160")
+    folder = train(tmp_path, f"--freeze-layers {count} --freeze-random --total-frames 160 {flags}")
     frozen = 4 if count == "all" else count
     for name, value in tensors(folder).items():
         is_frozen = name.startswith(tuple(f"encoder.layers.{i}." for i in range(frozen)))

@@ -149,6 +149,27 @@ def test_jump_prior_is_the_untrained_probability_of_jumping():
     torch.testing.assert_close(other.actor(zero).softmax(-1), torch.full((1, 6), 1 / 6))
 
 
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("architecture", ["nature", "impala"])
+def test_bf16_rounds_inside_the_encoder_alone(architecture, count):
+    torch.manual_seed(0)
+    encoder = Encoder(architecture, (1, 60, 60), 8).freeze(count)
+    rounded = Encoder(architecture, (1, 60, 60), 8, bf16=True).freeze(count)
+    rounded.load_state_dict(encoder.state_dict())
+    images, inside = torch.randint(0, 256, (300, 1, 60, 60), dtype=torch.uint8), []
+    for layer in rounded.layers:
+        layer.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
+    z, z_rounded = encoder(images), rounded(images)
+    z.sum().backward()
+    z_rounded.sum().backward()
+    assert set(inside) == {torch.bfloat16} and z_rounded.dtype == torch.float32
+    # bfloat16 has eight significant bits: a rounding is off by 2**-9 at most
+    assert 0 < (z - z_rounded).norm() / z.norm() < 0.02
+    for one, other in zip(encoder.layers[count:].parameters(), rounded.layers[count:].parameters()):
+        assert other.grad.dtype == torch.float32 and 0 < (one.grad - other.grad).norm() / one.grad.norm() < 0.05
+    assert all(p.grad is None for p in rounded.layers[:count].parameters())
+
+
 # --- Freezing --------------------------------------------------------------------------------------------------------
 def test_frozen_layers_build_no_graph():
     encoder = Encoder("nature", (1, 60, 60), 8)

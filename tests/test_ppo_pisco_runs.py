@@ -55,9 +55,9 @@ def initial(monkeypatch):
     return weights
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, "all"])
-def test_frozen_layers_stay_and_the_others_move(tmp_path, initial, count):
-    folder = train(tmp_path, f"--freeze-layers {count} --freeze-random")
+@pytest.mark.parametrize("count, flags", [(0, ""), (1, ""), (2, ""), ("all", ""), (2, "--bf16")])
+def test_frozen_layers_stay_and_the_others_move(tmp_path, initial, count, flags):
+    folder = train(tmp_path, f"--freeze-layers {count} --freeze-random {flags}")
     frozen = 4 if count == "all" else count
     for name, value in tensors(folder).items():
         is_frozen = name.startswith(tuple(f"encoder.layers.{i}." for i in range(frozen)))
@@ -285,6 +285,7 @@ OTHERS = [
     "--ssl none --target-kl 1e-5",
     "--freeze-layers 2 --freeze-random --checkpoint-interval 2",
     "--encoder impala",
+    "--bf16 --ssl curl",
 ]
 
 
