@@ -73,9 +73,9 @@ def timed(function, times, device):
     return (time.perf_counter() - began) / times
 
 
-def our_update(args, device, ssl, frozen):
+def our_update(args, device, ssl, frozen, bf16=False):
     """A function that does one update with the defaults of drqv2_pisco.py."""
-    settings = drqv2_pisco.Args(ssl=ssl, batch_size=args.batch_size)
+    settings = drqv2_pisco.Args(ssl=ssl, batch_size=args.batch_size, bf16=bf16)
     agent = drqv2_pisco.Agent(settings, (9, 84, 84), NUM_ACTIONS)
     agent.encoder.freeze(frozen)
     agent.to(device, memory_format=torch.channels_last)
@@ -133,10 +133,12 @@ def main():
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     cases = [("none", 0), ("pisco", 0), ("none", 2), ("pisco", 2)]
     updates = {f"update, {ssl}, {frozen} frozen": our_update(args, device, ssl, frozen) for ssl, frozen in cases}
+    updates["update, none, 0 frozen, bf16"] = our_update(args, device, "none", 0, bf16=True)
     ratios = [
         ("update, pisco, 0 frozen", "update, none, 0 frozen", "cost of pisco"),
         ("update, pisco, 2 frozen", "update, none, 2 frozen", "cost of pisco, same freezing"),
         ("update, pisco, 2 frozen", "update, none, 0 frozen", "cost of pisco and freezing"),
+        ("update, none, 0 frozen", "update, none, 0 frozen, bf16", "speed-up by bf16"),
     ]
     if args.peer:
         connection, other_end = multiprocessing.Pipe()

@@ -91,6 +91,7 @@ def main():
         "jump, none, 2 frozen": lambda: ours("--ssl none --freeze-layers 2 --freeze-random", 8 * args.steps),
         "jump, pisco, 2 frozen": lambda: ours("--ssl pisco --freeze-layers 2 --freeze-random", 8 * args.steps),
         "pong, none, 0 frozen": lambda: ours(f"{ATARI_OURS} --ssl none", args.steps),
+        "pong, none, 0 frozen, bf16": lambda: ours(f"{ATARI_OURS} --ssl none --bf16", args.steps),
         "pong, none, 2 frozen": lambda: ours(f"{ATARI_OURS} --ssl none --freeze-layers 2", args.steps),
         "pong, pisco, 2 frozen": lambda: ours(f"{ATARI_OURS} --ssl pisco --freeze-layers 2", args.steps),
     }
@@ -99,10 +100,12 @@ def main():
         ("jump, none, 0 frozen", "jump, pisco, 2 frozen", "cost of pisco and freezing"),
         ("pong, none, 2 frozen", "pong, pisco, 2 frozen", "cost of pisco, same freezing"),
         ("pong, none, 0 frozen", "pong, pisco, 2 frozen", "cost of pisco and freezing"),
+        ("pong, none, 0 frozen, bf16", "pong, none, 0 frozen", "speed-up by bf16"),
     ]
     if args.peer:
         measured["pong, peer"] = lambda: peer(args.peer, ATARI, args.steps)
-        ratios.append(("pong, none, 0 frozen", "pong, peer", "speed-up over the peer"))
+        for name in ("pong, none, 0 frozen", "pong, none, 0 frozen, bf16"):
+            ratios.append((name, "pong, peer", "speed-up over the peer"))
     samples = take_samples({name: (function, "steps/s") for name, function in measured.items()}, args.repeats)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     write_report(samples, dict.fromkeys(samples, "steps/s"), ratios, machine, args.output)
