@@ -26,9 +26,9 @@ def source_encoder(source):
 
 # DrQ-v2 on two CPU cores: its own settings but for smaller images and batches and plain rendering.
 DMC_SMALL = "drqv2_pisco.py --render-quality fast --image-size 64 --shift-pixels 3 --batch-size 64"
-# An action is held for eight frames and every step has its update: half the updates for as many frames, and cheaper ones
-# by narrower heads and an encoder in bfloat16. Discount and n-step return look about as far ahead in frames as before,
-# the target critics follow as fast.
+# An action is held for eight frames and every step has its update: half the updates for as many frames, and cheaper
+# ones by narrower heads and an encoder in bfloat16. Discount and n-step return look about as far ahead in frames as
+# before, the target critics follow as fast.
 DMC_REPEAT_8 = (
     "--bf16 --action-repeat 8 --update-every 1 --hidden-dim 256 --learning-rate 3e-4 --gamma 0.96 --nstep 1 --tau 0.02 "
     "--stddev-end 0.2 --stddev-steps 5000 --seed-frames 2000 --explore-steps 250"
