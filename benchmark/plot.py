@@ -88,7 +88,8 @@ GAINS = {
     + [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")],
     "noise": [
         (method, "frozen") for method in ("finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + PiSCO")
-    ] + [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")],
+    ] + [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")]
+    + [("frozen bottom + PiSCO", "finetuned + PiSCO")],
     "jump-grid": [(f"{tasks}, pisco", f"{tasks}, none") for tasks in ("wide", "narrow", "random")],
     "dmc-transfer-repeat-8": [
         (method, "from scratch") for method in ("frozen", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
@@ -257,14 +258,14 @@ def draw_panels(suite, results, step_name, score_name):
     columns, rows = 5, -(-len(results) // 5)
     size = {"figsize": (10.5, 2.4 * rows), "sharex": True, "sharey": True}
     figure, panels = plt.subplots(rows, columns, layout="constrained", squeeze=False, **size)
-    for axes, (method, runs) in zip(panels.flat, results.items()):
+    for i, (axes, (method, runs)) in enumerate(zip(panels.flat, results.items())):
         axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style_of(0))
         draw_bands(axes, runs.steps, runs.scores, method, style_of(0))
         if method != first:
             axes.plot(reference.steps, interquartile_mean(reference.scores), color="0.4", linestyle=":")
         axes.set_title(f"{method}\n(n = {len(runs.seeds)})", fontsize=9)
         axes.locator_params(axis="x", nbins=3)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, labelbottom=i + columns >= len(results))  # where no panel is below
         axes.grid(alpha=0.3)
     for axes in panels.flat[len(results) :]:
         axes.axis("off")
@@ -379,21 +380,23 @@ def write_table(suite, results):
             better = with_interval(*improvement(runs.both[:, 1], results[first].both[:, 1]), 2)
         manifests = [json.loads((path / "manifest.json").read_text()) for path in seed_folders(suite, method).values()]
         whole = [manifest["wall_seconds"] for manifest in manifests if not manifest["resumed"]]
-        minutes = f"{np.mean(whole) / 60:.1f}" if whole else "-"  # a resumed run has timed its last part alone
+        minutes = f"{np.median(whole) / 60:.1f}" if whole else "-"  # a resumed run has timed its last part alone
         each = " ".join(f"{score:.{digits}f}" for score in runs.scores[:, -1])
         rows.append([method, str(len(runs.seeds)), *values, better, each, minutes])
     return markdown(names, rows)
 
 
 def write_noise_table():
-    """Success under noise as Markdown: a method in each row, a standard deviation in each column."""
+    """Success under noise as Markdown: a method in each row, a standard deviation in each column; at last the share of
+    the success without noise that is left under the strongest."""
     results = read_noise()
     stds = next(iter(results.values()))[0]
     rows = []
     for method, (_, shares) in results.items():
         points, _ = aggregate(shares)
-        rows.append([method, str(len(shares)), *(f"{point:.2f}" for point in points)])
-    return markdown(["method", "n", *(f"noise {std:g}" for std in stds)], rows)
+        left = shares[:, -1].mean() / shares[:, 0].mean()
+        rows.append([method, str(len(shares)), *(f"{point:.2f}" for point in points), f"{left:.2f}"])
+    return markdown(["method", "n", *(f"noise {std:g}" for std in stds), f"left at {stds[-1]:g}"], rows)
 
 
 def read_end(folder):

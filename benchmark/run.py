@@ -246,7 +246,7 @@ def run_all(runs, args):
                         waiting[start(run)] = (run, 2)
                     else:
                         failed.append(run)
-                        bar.write(f"failed twice: {run.command}\n{output}")
+                        bar.write(f"failed twice: {run.command}\n{output}\nto start it anew delete {run.folder(WORK)}")
     finally:
         ray.shutdown()  # the programs end with their workers
     return failed
