@@ -887,7 +887,8 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-STATE = {"agent", "optimizers", "step", "replay", "env", "seconds", "torch_rng"}  # what every checkpoint holds
+# What every checkpoint holds
+STATE = {"args", "agent", "optimizers", "step", "replay", "env", "seconds", "torch_rng"}
 
 
 @contextlib.contextmanager
@@ -901,6 +902,11 @@ def interrupt_later():
         signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
+
+
+def run_args(args):
+    """What args.json and every checkpoint keep of the arguments: all but the folder to resume."""
+    return {key: value for key, value in asdict(args).items() if key != "resume"}
 
 
 class RunFolder:
@@ -921,8 +927,8 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"--runs-dir {args.runs_dir}: can't make the run folder ({error})") from None
         try:
-            saved = {key: value for key, value in asdict(args).items() if key != "resume"}
-            write_atomically(path / "args.json", lambda file: file.write(json.dumps(saved, indent=2).encode()))
+            saved = json.dumps(run_args(args), indent=2).encode()
+            write_atomically(path / "args.json", lambda file: file.write(saved))
         except OSError as error:
             shutil.rmtree(path, ignore_errors=True)
             raise UsageError(f"--runs-dir {args.runs_dir}: can't write to the run folder ({error})") from None
@@ -950,12 +956,16 @@ class RunFolder:
                 state = torch.load(self.path / name, map_location=device, weights_only=True)
                 if not isinstance(state, dict) or not STATE <= state.keys():
                     raise ValueError("not a checkpoint of this script")
-                return state
             except FileNotFoundError:
                 continue
             except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
                 reason = str(error).partition(". ")[0] or type(error).__name__
                 broken = broken or f"{self.path / name} is damaged ({reason})"
+                continue
+            if broken:  # out of the way, lest the next checkpoint keep it in place of the whole one
+                os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
+                print(f"{broken}; going on from {name}")
+            return state
         if broken:
             raise UsageError(f"--resume: {broken} and there is no other checkpoint; start the run anew")
         return None
@@ -967,9 +977,12 @@ class RunFolder:
             with open(path, newline="") as file:
                 # A row cut short by a kill has no last column.
                 try:
-                    rows = [row for row in csv.DictReader(file) if None not in row.values()]
+                    reader = csv.DictReader(file)
+                    rows = [row for row in reader if None not in row.values()]
+                    if reader.fieldnames != METRICS or any(None in row for row in rows):
+                        raise ValueError("other columns")
                     kept = [row for row in rows if int(row["frame"]) <= frame]
-                except (KeyError, ValueError, TypeError, csv.Error):
+                except (ValueError, TypeError, csv.Error):
                     raise UsageError(f"--resume {self.path}: metrics.csv is damaged; move it away") from None
         text = io.StringIO()
         writer = csv.DictWriter(text, METRICS)
@@ -1098,7 +1111,11 @@ LIMITS = [
      "explore_steps stddev_start stddev_end"),
     ("lie in 0..1", lambda x: 0 <= x <= 1, "gamma tau curl_tau ssl_fraction"),
     ("be finite", math.isfinite, "learning_rate ssl_coef stddev_start stddev_end stddev_clip"),
-    ("be at most 2**30", lambda x: x <= 2**30, "seed"),
+    ("be at most 2**30", lambda x: x <= 2**30, "seed image_size frame_stack batch_size eval_episodes"),
+    ("be at most 2**60", lambda x: x <= 2**60, "total_frames replay_size seed_frames explore_steps stddev_steps nstep "
+     "checkpoint_interval eval_interval action_repeat"),
+    ("be at most 65,536", lambda x: x <= 2**16, "feature_dim hidden_dim projector_dim"),
+    ("be at most 1,024", lambda x: x <= 2**10, "shift_pixels torch_threads"),
     ("be positive and finite, or schedule", lambda x: x == "schedule" or 0 < x < math.inf, "pisco_std"),
 ]  # fmt: skip
 
@@ -1147,7 +1164,7 @@ def parse_args(argv=None):
         raise UsageError(f"--resume {args.resume}: not a run folder, it has no args.json") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume {args.resume}: args.json can't be read ({error})") from None
-    if not isinstance(saved, dict) or saved.keys() != asdict(args).keys() - {"resume"}:
+    if not isinstance(saved, dict) or saved.keys() != run_args(args).keys():
         raise UsageError(f"--resume {args.resume}: args.json was written by another version of this script")
     saved = Args(**saved, resume=args.resume)
     for key, value in asdict(parse_flags(argv, default=saved)).items():
@@ -1202,11 +1219,11 @@ def make_optimizers(agent, learning_rate):
     return [torch.optim.Adam(parameters, lr=learning_rate, fused=True) for parameters in trained]
 
 
-def training_state(agent, optimizers, env, replay, step, seconds):
+def training_state(args, agent, optimizers, env, replay, step, seconds):
     """All that the next episode depends on, as tensors and plain values."""
     return {
-        "agent": agent.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step,
-        "replay": replay.get_state(), "env": env.get_state(), "seconds": seconds, "torch_rng": torch.get_rng_state(),
+        "args": run_args(args), "agent": agent.state_dict(), "step": step,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers], "replay": replay.get_state(), "env": env.get_state(), "seconds": seconds, "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }  # fmt: skip
 
@@ -1214,6 +1231,8 @@ def training_state(agent, optimizers, env, replay, step, seconds):
 def restore(state, agent, optimizers, env, replay, args):
     """Puts a checkpoint's state back. Raises UsageError if it doesn't fit."""
     try:
+        if state["args"] != run_args(args):
+            raise ValueError("of another run")
         agent.load_state_dict(state["agent"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -1304,7 +1323,7 @@ def run(args, env, agent, optimizers, replay, folder, bar, device, step, seconds
             if row:
                 folder.log({"frame": frames, **row})
             if last or done and replay.head - saved >= checkpoint_steps:  # rows: the replay's slack counts them
-                folder.save_checkpoint(training_state(agent, optimizers, env, replay, step, seconds))
+                folder.save_checkpoint(training_state(args, agent, optimizers, env, replay, step, seconds))
                 saved = replay.head
         bar.update(args.action_repeat)
 

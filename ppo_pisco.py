@@ -185,7 +185,7 @@ def parse_jump_tasks(text):
     """Task list [(obstacle x, floor height), ...] in pixels from a set's name or `20:10,30:20`. Raises UsageError."""
     if text in JUMP_TASK_SETS:
         return JUMP_TASK_SETS[text]
-    if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
+    if not re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9})*", text):
         raise UsageError(f"--jump-tasks {text!r}: give {', '.join(JUMP_TASK_SETS)} or a list such as 20:10,30:20")
     tasks = [tuple(int(number) for number in pair.split(":")) for pair in text.split(",")]
     for obstacle, floor in tasks:
@@ -320,7 +320,7 @@ class ImageEnvs:
             raise UsageError(f"--env-id {args.env_id}: observations must be uint8 images, these are {space}")
         if not isinstance(actions, gym.spaces.Discrete):
             raise UsageError(f"--env-id {args.env_id}: actions must be Discrete, these are {actions}")
-        self.channels_last = len(shape) == 3 and shape[-1] in (1, 3, 4) and shape[0] not in (1, 3, 4)
+        self.channels_last = len(shape) == 3 and shape[-1] < shape[0]  # an image has more rows than channels
         self.num_actions, self.first_action = int(actions.n), int(getattr(actions, "start", 0))
         self.obs_shape = self._images(np.zeros((1, *shape), np.uint8)).shape[1:]  # (C, H, W)
 
@@ -392,7 +392,7 @@ def env_source(env_id):
             importlib.import_module(module)  # which registers the environment
         gym.spec(name)
         return "gymnasium"
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # TypeError: a relative name
         raise UsageError(f"--env-id {env_id}: {module} can't be imported ({error}); install or correct it") from None
     except (gym.error.Error, ValueError):
         known = dict.fromkeys(["Jump-v0", *envpool_ids, *gym.registry])
@@ -899,7 +899,8 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-STATE = {"agent", "optimizer", "iteration", "recent", "seconds", "torch_rng"}  # what every checkpoint holds
+# What every checkpoint holds
+STATE = {"args", "agent", "optimizer", "iteration", "recent", "seconds", "torch_rng"}
 
 
 @contextlib.contextmanager
@@ -913,6 +914,11 @@ def interrupt_later():
         signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
+
+
+def run_args(args):
+    """What args.json and every checkpoint keep of the arguments: all but the folder to resume."""
+    return {key: value for key, value in asdict(args).items() if key != "resume"}
 
 
 class RunFolder:
@@ -933,8 +939,8 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"--runs-dir {args.runs_dir}: can't make the run folder ({error})") from None
         try:
-            saved = {key: value for key, value in asdict(args).items() if key != "resume"}
-            write_atomically(path / "args.json", lambda file: file.write(json.dumps(saved, indent=2).encode()))
+            saved = json.dumps(run_args(args), indent=2).encode()
+            write_atomically(path / "args.json", lambda file: file.write(saved))
         except OSError as error:
             shutil.rmtree(path, ignore_errors=True)
             raise UsageError(f"--runs-dir {args.runs_dir}: can't write to the run folder ({error})") from None
@@ -962,12 +968,16 @@ class RunFolder:
                 state = torch.load(self.path / name, map_location=device, weights_only=True)
                 if not isinstance(state, dict) or not STATE <= state.keys():
                     raise ValueError("not a checkpoint of this script")
-                return state
             except FileNotFoundError:
                 continue
             except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
                 reason = str(error).partition(". ")[0] or type(error).__name__
                 broken = broken or f"{self.path / name} is damaged ({reason})"
+                continue
+            if broken:  # out of the way, lest the next checkpoint keep it in place of the whole one
+                os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
+                print(f"{broken}; going on from {name}")
+            return state
         if broken:
             raise UsageError(f"--resume: {broken} and there is no other checkpoint; start the run anew")
         return None
@@ -979,9 +989,12 @@ class RunFolder:
             with open(path, newline="") as file:
                 # A row cut short by a kill has no last column.
                 try:
-                    rows = [row for row in csv.DictReader(file) if None not in row.values()]
+                    reader = csv.DictReader(file)
+                    rows = [row for row in reader if None not in row.values()]
+                    if reader.fieldnames != METRICS or any(None in row for row in rows):
+                        raise ValueError("other columns")
                     kept = [row for row in rows if int(row["global_step"]) <= global_step]
-                except (KeyError, ValueError, TypeError, csv.Error):
+                except (ValueError, TypeError, csv.Error):
                     raise UsageError(f"--resume {self.path}: metrics.csv is damaged; move it away") from None
         text = io.StringIO()
         writer = csv.DictWriter(text, METRICS)
@@ -1037,14 +1050,18 @@ def play_episodes(agent, envs, device, greedy, seed, frames=None):
     """The first episode of every copy: a list of dicts as in ImageEnvs.step, in the copies' order.
 
     Sampling has a generator of its own, so evaluating changes nothing in the training. The observations of the first
-    nine copies are appended to `frames`, where given.
+    nine copies are appended to `frames`, where given; a copy whose episode is over keeps its last picture.
     """
     generator = torch.Generator(device).manual_seed(seed)
     obs = envs.reset(**({"options": {"task_ids": np.arange(envs.num_envs)}} if envs.source == "jump" else {}))
-    episodes = [None] * envs.num_envs
+    episodes, over = [None] * envs.num_envs, []
     while None in episodes:
-        if frames is not None and len(frames) < GIF_FRAMES:
-            frames.append(obs[:9].copy())
+        if frames is not None and len(frames) < GIF_FRAMES and None in episodes[:9]:
+            picture = obs[:9].copy()
+            if over:
+                picture[over] = frames[-1][over]
+            frames.append(picture)
+            over = [i for i, episode in enumerate(episodes[:9]) if episode is not None]
         playing = [i for i, episode in enumerate(episodes) if episode is None]  # the policy need not see the others
         logits, _ = agent(to_device(obs[playing], device))
         action = (
@@ -1155,8 +1172,12 @@ LIMITS = [
      "max_grad_norm clip_coef"),
     ("lie in 0..1", lambda x: 0 <= x <= 1, "gamma gae_lambda curl_tau ssl_fraction"),
     ("lie between 0 and 1", lambda x: 0 < x < 1, "jump_prior"),
-    ("be finite", math.isfinite, "learning_rate reward_scale jump_reward clip_coef"),
-    ("be at most 2**30", lambda x: x <= 2**30, "seed"),
+    ("be finite", math.isfinite, "learning_rate reward_scale jump_reward clip_coef ssl_coef ent_coef vf_coef"),
+    ("be positive and finite", lambda x: x is None or 0 < x < math.inf, "target_kl"),
+    ("be at most 2**30", lambda x: x <= 2**30, "seed num_envs num_steps update_epochs eval_episodes"),
+    ("be at most 2**60", lambda x: x <= 2**60, "total_timesteps"),
+    ("be at most 65,536", lambda x: x <= 2**16, "feature_dim projector_dim"),
+    ("be at most 1,024", lambda x: x <= 2**10, "shift_pixels torch_threads"),
 ]  # fmt: skip
 
 
@@ -1211,7 +1232,7 @@ def parse_args(argv=None):
         raise UsageError(f"--resume {args.resume}: not a run folder, it has no args.json") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume {args.resume}: args.json can't be read ({error})") from None
-    if not isinstance(saved, dict) or saved.keys() != asdict(args).keys() - {"resume"}:
+    if not isinstance(saved, dict) or saved.keys() != run_args(args).keys():
         raise UsageError(f"--resume {args.resume}: args.json was written by another version of this script")
     saved = Args(**saved, resume=args.resume)
     for key, value in asdict(parse_flags(argv, default=saved)).items():
@@ -1245,11 +1266,11 @@ def make_agent(args, envs, device, resuming=False):
     return agent.to(device, memory_format=torch.channels_last), text
 
 
-def training_state(agent, optimizer, envs, iteration, recent, seconds):
+def training_state(args, agent, optimizer, envs, iteration, recent, seconds):
     """All that the next iteration depends on, as tensors and plain values."""
     state = {
-        "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration,
-        "recent": list(recent), "seconds": seconds, "torch_rng": torch.get_rng_state(),
+        "args": run_args(args), "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
+        "iteration": iteration, "recent": list(recent), "seconds": seconds, "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }  # fmt: skip
     return state | ({"envs": envs.get_state()} if envs.source == "jump" else {})
@@ -1273,6 +1294,8 @@ def allocate(args, device):
 def restore(state, agent, optimizer, envs, args):
     """Puts a checkpoint's state back. Returns the observation to go on from. Raises UsageError if it doesn't fit."""
     try:
+        if state["args"] != run_args(args):
+            raise ValueError("of another run")
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
@@ -1378,7 +1401,7 @@ def train(args):
             with interrupt_later():
                 folder.log(row)
                 if last or iteration % args.checkpoint_interval == 0:
-                    folder.save_checkpoint(training_state(agent, optimizer, envs, iteration, recent, seconds))
+                    folder.save_checkpoint(training_state(args, agent, optimizer, envs, iteration, recent, seconds))
             shown = {"return": row["charts/episodic_return"], "success": row["charts/success"]}
             bar.set_postfix({name: f"{x:.2f}" for name, x in shown.items() if not math.isnan(x)}, refresh=False)
             bar.update(batch_size)

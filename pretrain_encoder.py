@@ -209,7 +209,7 @@ def parse_jump_tasks(text):
     """Task list [(obstacle x, floor height), ...] in pixels from a set's name or `20:10,30:20`. Raises UsageError."""
     if text in JUMP_TASK_SETS:
         return JUMP_TASK_SETS[text]
-    if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
+    if not re.fullmatch(r"\d{1,9}:\d{1,9}(,\d{1,9}:\d{1,9})*", text):
         raise UsageError(f"--jump-tasks {text!r}: give {', '.join(JUMP_TASK_SETS)} or a list such as 20:10,30:20")
     tasks = [tuple(int(number) for number in pair.split(":")) for pair in text.split(",")]
     for obstacle, floor in tasks:
@@ -921,12 +921,16 @@ class RunFolder:
                 state = torch.load(self.path / name, map_location=device, weights_only=True)
                 if not isinstance(state, dict) or not STATE <= state.keys():
                     raise ValueError("not a checkpoint of this script")
-                return state
             except FileNotFoundError:
                 continue
             except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
                 reason = str(error).partition(". ")[0] or type(error).__name__
                 broken = broken or f"{self.path / name} is damaged ({reason})"
+                continue
+            if broken:  # out of the way, lest the next checkpoint keep it in place of the whole one
+                os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
+                print(f"{broken}; going on from {name}")
+            return state
         if broken:
             raise UsageError(f"--resume: {broken} and there is no other checkpoint; start the run anew")
         return None
@@ -937,9 +941,12 @@ class RunFolder:
         if path.exists():
             with open(path, newline="") as file:
                 try:
-                    rows = [row for row in csv.DictReader(file) if None not in row.values()]
+                    reader = csv.DictReader(file)
+                    rows = [row for row in reader if None not in row.values()]
+                    if reader.fieldnames != METRICS or any(None in row for row in rows):
+                        raise ValueError("other columns")
                     kept = [row for row in rows if int(row["step"]) <= step]
-                except (KeyError, ValueError, TypeError, csv.Error):
+                except (ValueError, TypeError, csv.Error):
                     raise UsageError(f"--resume {self.path}: metrics.csv is damaged; move it away") from None
         text = io.StringIO()
         writer = csv.DictWriter(text, METRICS)

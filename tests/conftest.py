@@ -65,6 +65,7 @@ for name, kwargs in {
     "TinyImageFlat-v0": {"shape": (36, 40)},
     "TinyImageGrey-v0": {"shape": (36, 40, 1)},
     "TinyImageFirst-v0": {"shape": (3, 36, 40)},
+    "TinyImageStack-v0": {"shape": (36, 40, 12)},
     "TinyImageSmall-v0": {"shape": (20, 20, 3)},
     "TinyImageContinuous-v0": {"continuous": True},
 }.items():

@@ -60,13 +60,17 @@ def error_of(capsys, argv):
         *(("ssl-fraction", value) for value in ("0", "-0.5", "1.5", "nan")),
         *(("jump-prior", value) for value in ("0", "1", "nan")),
         *((flag, "nan") for flag in ("reward-scale", "jump-reward", "ssl-coef", "clip-coef")),
+        *((flag, "inf") for flag in ("ssl-coef", "ent-coef", "vf-coef")),
+        *(("target-kl", value) for value in ("nan", "inf", "0", "-0.1")),
+        *((flag, "9" * 30) for flag in ("feature-dim", "projector-dim", "shift-pixels", "torch-threads", "num-envs",
+                                        "total-timesteps")),
         ("seed", "4294967296"),  # more than 32 bits
         ("total-timesteps", "0"), ("total-timesteps", "31"), ("total-timesteps", "-32"),  # no iteration of 4 x 8 steps
         ("num-minibatches", "3"),  # does not divide 32
         ("num-minibatches", "32"),  # leaves one row to each
         ("num-envs", "2.5"), ("num-envs", "many"), ("ssl", "bogus"), ("encoder", "resnet"), ("augmentation", "cutout"),
         ("freeze-layers", "5"), ("freeze-layers", "-1"), ("freeze-layers", "most"),
-        *(("jump-tasks", tasks) for tasks in ("nowhere", "20", "20:10,", "20:10;30:20")),
+        *(("jump-tasks", tasks) for tasks in ("nowhere", "20", "20:10,", "20:10;30:20", "9" * 5000 + ":10")),
         *(("jump-tasks", tasks) for tasks in ("13:10", "48:10", "20:41", "20:-1")),
     ],
 )  # fmt: skip
@@ -281,7 +285,8 @@ def test_resume_with_damaged_arguments(stopped, capsys, text):
 @pytest.mark.filterwarnings("ignore:The field")
 @pytest.mark.parametrize("name, value", [("num_envs", "four"), ("num_envs", None), ("num_envs", 0), ("ssl", "bogus"),
                                          ("num_envs", 8), ("feature_dim", 64), ("encoder", "impala"),
-                                         ("encoder", "bogus"), ("norm_adv", 1)])  # fmt: skip
+                                         ("encoder", "bogus"), ("norm_adv", 1), ("seed", 2),
+                                         ("jump_tasks", "grid")])  # fmt: skip
 def test_resume_with_edited_arguments(stopped, capsys, name, value):
     """Arguments of the wrong type, and others than those the checkpoint was made with."""
     saved = json.loads((stopped / "args.json").read_text())
@@ -320,9 +325,36 @@ def test_resume_with_a_pickle_in_disguise(stopped, tmp_path, capsys, protocol):
     assert not marker.exists()
 
 
-def test_resume_with_damaged_metrics(stopped, capsys):
-    (stopped / "metrics.csv").write_text("some,thing\nelse,1\n")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "some,thing\nelse,1\n",
+        lambda text: text.replace("global_step", "global_step,further", 1),
+        lambda text: text.replace(",losses/pisco", "", 1),
+        lambda text: text.replace("\r\n", ",1\r\n").replace(",1", "", 1),  # a cell too many in every row
+    ],
+)
+def test_resume_with_damaged_metrics(stopped, capsys, damage):
+    text = (stopped / "metrics.csv").read_bytes().decode()
+    (stopped / "metrics.csv").write_bytes(damage(text).encode())
     assert str(stopped) in error_of(capsys, ["--resume", str(stopped)])
+
+
+def test_full_disk_after_a_damaged_checkpoint(stopped, finished, capsys, monkeypatch):
+    """The previous checkpoint, from which the run goes on, outlives a first new one that can't be written."""
+    (stopped / "checkpoint.pt").unlink()
+    (stopped / "checkpoint.pt").write_bytes(b"damaged")
+    real = ppo_pisco.write_atomically
+
+    def full(path, write):
+        if path.name == "checkpoint.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_pisco, "write_atomically", full)
+        assert "No space left" in error_of(capsys, ["--resume", str(stopped)])
+    assert_same_end(resume(stopped), finished)
 
 
 # --- Numbers that run away -------------------------------------------------------------------------------------------

@@ -466,6 +466,7 @@ LAYOUTS = {
     "TinyImageFlat-v0": (1, 36, 40),
     "TinyImageGrey-v0": (1, 36, 40),
     "TinyImageFirst-v0": (3, 36, 40),
+    "TinyImageStack-v0": (12, 36, 40),
 }
 
 
@@ -652,6 +653,18 @@ def test_pictures_end_where_the_gif_does(monkeypatch, small_grid):
     agent = ppo_pisco.Agent(args, envs.obs_shape, envs.num_actions)
     episodes = ppo_pisco.play_episodes(agent, envs, torch.device("cpu"), True, 0, frames)
     assert len(frames) == 3 and min(episode["length"] for episode in episodes) > 3
+
+
+def test_pictures_of_an_ended_episode_stand_still(small_grid):
+    args, frames = Args(encoder_weights="none", feature_dim=16, jump_tasks="14:0,40:0"), []
+    envs = ImageEnvs(args, 2, 1, training=False)
+    agent = ppo_pisco.Agent(args, envs.obs_shape, envs.num_actions)  # never jumps, and meets both obstacles
+    episodes = ppo_pisco.play_episodes(agent, envs, torch.device("cpu"), True, 0, frames)
+    assert [episode["length"] for episode in episodes] == [14 - 5 + 1, 40 - 5 + 1]
+    assert len(frames) == 36  # the first observation and what each of the 35 further ones but the last led to
+    first, second = np.stack(frames).swapaxes(0, 1)  # (36, 1, 60, 60) each
+    assert all((picture == first[10]).all() for picture in first[10:]) and not (first[9] == first[10]).all()
+    assert all(not (one == other).all() for one, other in zip(second, second[1:]))
 
 
 def test_tensorboard_has_every_step_once_after_a_kill_before_the_first_checkpoint(tmp_path, monkeypatch, finished):
