@@ -163,7 +163,8 @@ class Args:
     stddev_clip: float = 0.3
     """largest deviation of an action from the policy's mean in the losses"""
     replay_size: int = 1_000_000
-    """transitions that the replay buffer has room for; fewer where the run is shorter"""
+    """transitions that the replay buffer has room for, about 1% of them kept back for --resume; fewer where the run is
+    shorter"""
     replay_on_device: bool = True
     """on CUDA: keep the replay buffer's frames in the device's memory"""
 
@@ -445,7 +446,7 @@ def weights_path(args):
     if args.freeze_layers:
         raise UsageError(
             f"--encoder-weights shipped: no encoder for {args.env_id} is shipped ({path.name}); "
-            "give a .safetensors file, or none with --freeze-layers 0"
+            "give a .safetensors file, or none with --freeze-layers 0 or --freeze-random"
         )
     return None
 
@@ -1111,12 +1112,13 @@ LIMITS = [
      "explore_steps stddev_start stddev_end"),
     ("lie in 0..1", lambda x: 0 <= x <= 1, "gamma tau curl_tau ssl_fraction"),
     ("be finite", math.isfinite, "learning_rate ssl_coef stddev_start stddev_end stddev_clip"),
-    ("be at most 2**30", lambda x: x <= 2**30, "seed image_size frame_stack batch_size eval_episodes"),
+    ("be at most 2**30", lambda x: x <= 2**30, "seed eval_episodes"),
     ("be at most 2**60", lambda x: x <= 2**60, "total_frames replay_size seed_frames explore_steps stddev_steps nstep "
      "checkpoint_interval eval_interval action_repeat"),
-    ("be at most 65,536", lambda x: x <= 2**16, "feature_dim hidden_dim projector_dim"),
-    ("be at most 1,024", lambda x: x <= 2**10, "shift_pixels torch_threads"),
-    ("be positive and finite, or schedule", lambda x: x == "schedule" or 0 < x < math.inf, "pisco_std"),
+    ("be at most 65,536", lambda x: x <= 2**16, "feature_dim hidden_dim projector_dim batch_size"),
+    ("be at most 1,024", lambda x: x <= 2**10, "shift_pixels torch_threads image_size frame_stack"),
+    ("be at most 1e6", lambda x: x <= 1e6, "stddev_start stddev_end stddev_clip"),
+    ("lie in 1e-6..1e6, or be schedule", lambda x: x == "schedule" or 1e-6 <= x <= 1e6, "pisco_std"),
 ]  # fmt: skip
 
 
@@ -1129,6 +1131,8 @@ def check_args(args):
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)!r}: must {rule}")
     if args.pisco_std == "schedule" and 0 in (args.stddev_start, args.stddev_end):
         raise UsageError("--pisco-std schedule: --stddev-start and --stddev-end must be positive then")
+    if 0 < args.eval_interval < args.action_repeat:
+        raise UsageError(f"--eval-interval {args.eval_interval}: less than one step of {args.action_repeat} frames")
     if args.total_frames < args.action_repeat:
         raise UsageError(f"--total-frames {args.total_frames}: less than one step of {args.action_repeat} frames")
     if args.track:
@@ -1360,12 +1364,25 @@ def train(args):
     return folder.path
 
 
+def last_metrics(path):
+    """The averages of the evaluation at `path`. Raises UsageError."""
+    try:
+        return {name: float(value) for name, value in json.loads(path.read_text())["metrics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path} is missing or damaged; the run is finished, its scores are in metrics.csv") from None
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the CPU's or the GPU's memory is too small."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def main(argv=None):
     """Runs the command line `argv`. Returns the exit code: 0, 2 for bad input or 130 after Ctrl-C."""
     keep_memory()
     try:
         folder = train(parse_args(argv))
-        metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
+        metrics = last_metrics(folder / "evaluation.json")
     except UsageError as error:
         print(f"drqv2_pisco.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -1373,6 +1390,11 @@ def main(argv=None):
         print(
             f"drqv2_pisco.py: error: {error}; make room or change --runs-dir, then go on with --resume", file=sys.stderr
         )
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("drqv2_pisco.py: error: out of memory; choose smaller batches, images or networks", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -577,7 +577,7 @@ def weights_path(args):
     if args.freeze_layers:
         raise UsageError(
             f"--encoder-weights shipped: no {args.encoder} encoder for {args.env_id} is shipped ({path.name}); "
-            "give a .safetensors file, or none with --freeze-layers 0"
+            "give a .safetensors file, or none with --freeze-layers 0 or --freeze-random"
         )
     return None
 
@@ -1410,12 +1410,25 @@ def train(args):
     return folder.path
 
 
+def last_metrics(path):
+    """The averages of the evaluation at `path`. Raises UsageError."""
+    try:
+        return {name: float(value) for name, value in json.loads(path.read_text())["metrics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path} is missing or damaged; the run is finished, its scores are in metrics.csv") from None
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the CPU's or the GPU's memory is too small."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def main(argv=None):
     """Runs the command line `argv`. Returns the exit code: 0, 2 for bad input or 130 after Ctrl-C."""
     keep_memory()
     try:
         folder = train(parse_args(argv))
-        metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
+        metrics = last_metrics(folder / "evaluation.json")
     except UsageError as error:
         print(f"ppo_pisco.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -1423,6 +1436,11 @@ def main(argv=None):
         print(
             f"ppo_pisco.py: error: {error}; make room or change --runs-dir, then go on with --resume", file=sys.stderr
         )
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("ppo_pisco.py: error: out of memory; choose smaller batches, images or networks", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -66,7 +66,10 @@ def error_of(capsys, argv):
         *(("ssl-fraction", value) for value in ("0", "-0.5", "1.5", "nan")),
         *((flag, "nan") for flag in ("ssl-coef", "stddev-start", "stddev-end")),
         *((flag, "9" * 30) for flag in ("hidden-dim", "feature-dim", "projector-dim", "shift-pixels", "torch-threads",
-                                        "image-size", "batch-size", "total-frames", "action-repeat", "nstep")),
+                                        "image-size", "batch-size", "frame-stack", "total-frames", "action-repeat",
+                                        "nstep")),
+        *((flag, "1e300") for flag in ("stddev-start", "stddev-end", "stddev-clip", "pisco-std")),
+        ("pisco-std", "1e-300"), ("eval-interval", "1"),
         ("seed", "4294967296"), ("total-frames", "1"), ("image-size", "14"), ("nstep", "20"), ("nstep", "500"),
         ("batch-size", "2.5"), ("batch-size", "many"), ("ssl", "bogus"), ("augmentation", "cutout"),
         ("render-quality", "low"), ("pisco-std", "constant"), ("freeze-layers", "5"), ("freeze-layers", "-1"),
@@ -350,6 +353,14 @@ def test_loss_that_is_not_finite(stopped, finished, capsys, monkeypatch):
     assert "not finite" in error and "--learning-rate" in error
     assert (stopped / "checkpoint.pt").read_bytes() == checkpoint
     assert_same_end(resume(stopped), finished)
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"metrics": 3}', '{"metrics": {"eval": "high"}}'])
+def test_resume_of_a_finished_run_without_its_evaluation(finished, tmp_path, capsys, text):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    path = folder / "evaluation.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert str(path) in error_of(capsys, ["--resume", str(folder)])
 
 
 # --- Limits of the machine -------------------------------------------------------------------------------------------

@@ -415,7 +415,8 @@ def test_frozen_layers_get_no_gradient(monkeypatch, count):
 # --- The two files ---------------------------------------------------------------------------------------------------
 SHARED = (
     "UsageError parse_flags parse_args write_atomically interrupt_later random_shift random_noise augment simsiam_loss "
-    "info_nce_loss grad_norm to_device write_gif has_type keep_memory set_up run_args"
+    "info_nce_loss grad_norm to_device write_gif has_type keep_memory set_up run_args "
+    "last_metrics is_out_of_memory"
 )
 
 

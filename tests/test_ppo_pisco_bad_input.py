@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,14 +367,14 @@ def test_loss_that_is_not_finite(tmp_path, capsys, flags):
         assert all(value.isfinite().all() for value in torch.load(path, weights_only=True)["agent"].values())
 
 
-def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(stopped, finished, capsys):
-    arguments = (stopped / "args.json").read_text()
-    (stopped / "args.json").write_text(json.dumps(json.loads(arguments) | {"learning_rate": 1e30}))
-    error = error_of(capsys, ["--resume", str(stopped)])
+def test_loss_that_is_not_finite_leaves_the_last_good_checkpoint(stopped, finished, capsys, monkeypatch):
+    real = ppo_pisco.pisco_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_pisco, "pisco_loss", lambda *args: real(*args) * math.inf)
+        error = error_of(capsys, ["--resume", str(stopped)])
     assert "not finite" in error and "--learning-rate" in error and str(stopped) in error
     checkpoint = torch.load(stopped / "checkpoint.pt", weights_only=True)
     assert checkpoint["iteration"] == 2 and all(value.isfinite().all() for value in checkpoint["agent"].values())
-    (stopped / "args.json").write_text(arguments)
     assert_same_end(resume(stopped), finished)
 
 
@@ -429,6 +430,34 @@ def test_rollout_too_large_for_the_memory(tmp_path, flags):
     assert code == 2 and "Traceback" not in err, err
     assert "--num-envs 1000000" in err.splitlines()[-1]
     assert not runs.exists()
+
+
+def test_network_too_large_for_the_memory(tmp_path):
+    argv = command(tmp_path / "runs", "--feature-dim 65536 --projector-dim 65536")  # the projector alone has 32 GiB
+    code, err = limited(argv, resource.RLIMIT_AS, 6 * 2**30)
+    assert code == 2 and "Traceback" not in err and "out of memory" in err.splitlines()[-1], err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("error, caught", [(MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory"), True),
+                                           (RuntimeError("a defect of ours"), False)])  # fmt: skip
+def test_out_of_memory_in_a_run_and_other_errors(tmp_path, capsys, monkeypatch, error, caught):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(ppo_pisco, "update", fail)
+    if caught:
+        assert "out of memory" in error_of(capsys, command(tmp_path))
+    else:
+        with pytest.raises(RuntimeError, match="a defect of ours"):
+            ppo_pisco.main(command(tmp_path))
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"metrics": 3}'])
+def test_resume_of_a_finished_run_without_its_evaluation(finished, tmp_path, capsys, text):
+    path = shutil.copytree(finished, tmp_path / "copy") / "evaluation.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert str(path) in error_of(capsys, ["--resume", str(path.parent)])
 
 
 def test_error_of_the_program_itself(tmp_path):
