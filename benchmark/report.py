@@ -23,7 +23,7 @@ def write_report(samples, units, ratios, machine, output=None):
     rows += [(f"{a} / {b}", f"{median[a] / median[b]:.2f}", meaning) for a, b, meaning in ratios]
     rows.append(("machine", machine, f"{min(map(len, samples.values()))} repeats"))
     for row in rows:
-        print(f"{row[0]:<50} {row[1]:>12}  {row[2]}")
+        print(f"{row[0]:<56} {row[1]:>12}  {row[2]}")
     if output:
         with open(output, "w", newline="") as file:
             csv.writer(file).writerows([("what", "value", "unit or meaning"), *rows])

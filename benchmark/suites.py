@@ -182,6 +182,11 @@ SUITES = {
             "--explore-steps 250 --env-id cartpole-balance --total-frames 60000 --encoder-weights none --ssl none",
         },
     },
+    # How long does its first method take with `--cpus 2`, on a machine with nothing else to do?
+    "dmc-small-two-cores": {
+        "program": f"{DMC_SMALL} --env-id cartpole-balance --total-frames 100000 --encoder-weights none --ssl none",
+        "methods": {"from scratch": ""},
+    },
     # The same settings, from cartpole-balance's encoder to cartpole-swingup.
     "dmc-transfer-small": {
         "program": f"{DMC_SMALL} --env-id cartpole-swingup --total-frames 100000",
