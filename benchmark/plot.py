@@ -255,7 +255,8 @@ def draw_curves(suite, results):
 def draw_panels(suite, results, step_name, score_name):
     """A panel with the learning curves of each method, the first method's beside them in every panel."""
     (first, reference), *_ = results.items()
-    columns, rows = 5, -(-len(results) // 5)
+    rows = -(-len(results) // 5)
+    columns = -(-len(results) // rows)
     size = {"figsize": (10.5, 2.4 * rows), "sharex": True, "sharey": True}
     figure, panels = plt.subplots(rows, columns, layout="constrained", squeeze=False, **size)
     for i, (axes, (method, runs)) in enumerate(zip(panels.flat, results.items())):
