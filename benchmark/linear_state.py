@@ -24,7 +24,7 @@ FLAGS = ["--encoder-weights", "none", "--ssl", "none", "--feature-dim", "4", "--
 class StateEncoder(nn.Module):
     """Images (B, 1, 60, 60) uint8 -> agent x, agent y, obstacle x, floor (B, 4) float32, as (pixels - 30) / 2."""
 
-    def __init__(self, architecture, obs_shape, feature_dim):
+    def __init__(self, architecture, obs_shape, feature_dim, bf16=False):
         super().__init__()
         self.layers, self.frozen = nn.ModuleList(), 0
 
