@@ -498,6 +498,40 @@ def write_verdicts():
     return markdown(names, rows)
 
 
+SPEEDS = [  # file of the results, row in it, what it is called
+    ("speed", "jump environment", "Jump's environment, 64 copies, one core: steps/s"),
+    ("speed", "pong, none, 0 frozen / pong, peer", "PPO on Pong with CleanRL's settings, `--ssl none`: steps/s over "
+     "CleanRL's `ppo_atari_envpool.py` (EnvPool 0.8.4)"),
+    ("speed", "pong, none, 0 frozen, bf16 / pong, peer", "the same with `--bf16`"),
+    ("speed", "jump, none, 2 frozen / jump, pisco, 2 frozen", "PPO, two frozen layers: time of a step with PiSCO over one "
+     "without, Jump"),
+    ("speed", "pong, none, 2 frozen / pong, pisco, 2 frozen", "the same on Pong"),
+    ("speed", "jump, none, 0 frozen / jump, pisco, 2 frozen", "PPO, time of a step with two frozen layers and PiSCO over "
+     "one of finetuning everything without it, Jump"),
+    ("drqv2_speed", "update, none, 0 frozen / update, official agent", "DrQ-v2, batch 256, 84x84: seconds per update over "
+     "the official agent's"),
+    ("drqv2_speed", "update, none, 0 frozen / update, none, 0 frozen, bf16", "DrQ-v2, the same update without `--bf16` "
+     "over one with it"),
+    ("drqv2_speed", "update, pisco, 2 frozen / update, none, 2 frozen", "DrQ-v2, two frozen layers: an update with PiSCO "
+     "over one without"),
+    ("drqv2_speed", "cartpole-swingup, fast / cartpole-swingup, standard", "rendering cartpole-swingup: `fast` over "
+     "`standard`"),
+    ("drqv2_speed", "walker-walk, fast / walker-walk, standard", "rendering walker-walk: `fast` over `standard`"),
+]  # fmt: skip
+
+
+def write_speeds():
+    """What speed.py and drqv2_speed.py have measured, as Markdown."""
+    kept = {
+        file: {row["what"]: row["value"] for row in read_rows(RESULTS / f"{file}.csv")} for file, *_ in SPEEDS
+    }
+    values = [(name, kept[file][row]) for file, row, name in SPEEDS]
+    return markdown(
+        ["", "ratio"],
+        [[name, value if float(value) < 1000 else f"{round(float(value), -3):,.0f}"] for name, value in values],
+    )
+
+
 def insert_table(suite, table):
     """Puts the table between the marks `<!-- SUITE -->` and `<!-- /SUITE -->` of the pages that have them."""
     for page in PAGES:
@@ -569,6 +603,7 @@ def main(argv=None):
         draw_heatmap()
     if args.suite == "all":
         insert_table("verdicts", write_verdicts())
+        insert_table("speed", write_speeds())
     return 0
 
 

@@ -123,6 +123,34 @@ def test_probe_table_is_the_kept_one():
         assert numbers == " | ".join(f"{mean:.2f}" for mean in means)
 
 
+def scores_at(suite, method, column, step_column, step):
+    """The scores at a step of a suite's kept runs, by seed."""
+    folders = sorted((ROOT / "benchmark" / "results" / suite / method).iterdir(), key=lambda path: int(path.name))
+    scores = []
+    for folder in folders:
+        with open(folder / "metrics.csv", newline="") as file:
+            (score,) = [row[column] for row in csv.DictReader(file) if int(row[step_column]) == step]
+        scores.append(float(score))
+    return scores
+
+
+def test_numbers_in_sentences_are_the_kept_runs():
+    text = " ".join(README.split())
+    for frames in (50_000, 70_000, 100_000):
+        a, b, c = scores_at("dmc-small", "from_scratch", "episode_return", "frame", frames)
+        assert f"{a:.0f}, {b:.0f} and {c:.0f} after {frames:,}" in text
+    suite, *rest = "quickstart-two-cores", "eval/greedy_success", "global_step", 102_400
+    a, b, c = scores_at(suite, "freeze_2_+_PiSCO", *rest)
+    assert f"seeds 1, 2 and 3 solve {a:.2f}, {b:.2f} and {c:.2f} of the target tasks" in text
+    a, b, c = scores_at(suite, "from_scratch", *rest)
+    assert f"from scratch {a:.2f}, {b:.2f} and {c:.2f}, in 40 seconds each" in text
+    ours, scratch = (
+        sum(scores_at("dmc-transfer-repeat-8", method, "episode_return", "frame", 50_000)) / 3
+        for method in ("frozen_bottom_+_PiSCO", "from_scratch")
+    )
+    assert f"ends at {ours:.0f}, the mean of three seeds, from scratch at {scratch:.0f}" in text
+
+
 def test_pictures_exist():
     for name in re.findall(r"\]\((benchmark/figures/[^)]+)\)", README):
         assert (ROOT / name).read_bytes().startswith(b"\x89PNG")
