@@ -1227,7 +1227,8 @@ def training_state(args, agent, optimizers, env, replay, step, seconds):
     """All that the next episode depends on, as tensors and plain values."""
     return {
         "args": run_args(args), "agent": agent.state_dict(), "step": step,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers], "replay": replay.get_state(), "env": env.get_state(), "seconds": seconds, "torch_rng": torch.get_rng_state(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers], "replay": replay.get_state(),
+        "env": env.get_state(), "seconds": seconds, "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }  # fmt: skip
 
