@@ -1111,7 +1111,7 @@ LIMITS = [
     ("not be negative", lambda x: x >= 0, "seed torch_threads eval_interval ssl_coef shift_pixels seed_frames "
      "explore_steps stddev_start stddev_end"),
     ("lie in 0..1", lambda x: 0 <= x <= 1, "gamma tau curl_tau ssl_fraction"),
-    ("be finite", math.isfinite, "learning_rate ssl_coef stddev_start stddev_end stddev_clip"),
+    ("be finite", math.isfinite, "learning_rate ssl_coef"),
     ("be at most 2**30", lambda x: x <= 2**30, "seed eval_episodes"),
     ("be at most 2**60", lambda x: x <= 2**60, "total_frames replay_size seed_frames explore_steps stddev_steps nstep "
      "checkpoint_interval eval_interval action_repeat"),

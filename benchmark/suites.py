@@ -26,6 +26,7 @@ def source_encoder(source):
 
 # DrQ-v2 on two CPU cores: its own settings but for smaller images and batches and plain rendering.
 DMC_SMALL = "drqv2_pisco.py --render-quality fast --image-size 64 --shift-pixels 3 --batch-size 64"
+DMC_SMALL_BALANCE = "--env-id cartpole-balance --total-frames 100000 --encoder-weights none --ssl none"
 # An action is held for eight frames and every step has its update: half the updates for as many frames, and cheaper
 # ones by narrower heads and an encoder in bfloat16. Discount and n-step return look about as far ahead in frames as
 # before, the target critics follow as fast.
@@ -176,7 +177,7 @@ SUITES = {
     "dmc-small": {
         "program": DMC_SMALL,
         "methods": {
-            "from scratch": "--env-id cartpole-balance --total-frames 100000 --encoder-weights none --ssl none",
+            "from scratch": DMC_SMALL_BALANCE,
             "fewer, longer steps": "--hidden-dim 256 --action-repeat 4 --update-every 1 --learning-rate 3e-4 "
             "--tau 0.02 --gamma 0.98 --nstep 1 --stddev-end 0.2 --stddev-steps 8000 --seed-frames 2000 "
             "--explore-steps 250 --env-id cartpole-balance --total-frames 60000 --encoder-weights none --ssl none",
@@ -184,8 +185,8 @@ SUITES = {
     },
     # How long does its first method take with `--cpus 2`, on a machine with nothing else to do?
     "dmc-small-two-cores": {
-        "program": f"{DMC_SMALL} --env-id cartpole-balance --total-frames 100000 --encoder-weights none --ssl none",
-        "methods": {"from scratch": ""},
+        "program": DMC_SMALL,
+        "methods": {"from scratch": DMC_SMALL_BALANCE},
     },
     # The same settings, from cartpole-balance's encoder to cartpole-swingup.
     "dmc-transfer-small": {
