@@ -75,15 +75,14 @@ def timed(function, times, device):
 
 def our_update(args, device, ssl, frozen, bf16=False):
     """A function that does one update with the defaults of drqv2_pisco.py."""
-    settings = drqv2_pisco.Args(ssl=ssl, batch_size=args.batch_size, bf16=bf16)
-    agent = drqv2_pisco.Agent(settings, (9, 84, 84), NUM_ACTIONS)
-    agent.encoder.freeze(frozen)
+    settings = drqv2_pisco.Args(ssl=ssl, batch_size=args.batch_size, bf16=bf16, compile=args.compile)
+    encoder = drqv2_pisco.Encoder(settings, (9, 84, 84))
+    encoder.freeze(frozen)
+    agent = drqv2_pisco.Agent(settings, encoder, (9, 84, 84), NUM_ACTIONS)
     agent.to(device, memory_format=torch.channels_last)
     optimizers = drqv2_pisco.make_optimizers(agent, settings.learning_rate)
-    losses = (drqv2_pisco.critic_ssl_loss, drqv2_pisco.actor_loss)
-    losses = tuple(torch.compile(loss) if args.compile else loss for loss in losses)
     batch = random_batch(args.batch_size, device)
-    return lambda: drqv2_pisco.update(agent, optimizers, batch, 0.5, settings, losses)
+    return lambda: drqv2_pisco.update(agent, *optimizers, batch, 0.5, settings)
 
 
 def peer_process(connection, args, device):
@@ -127,10 +126,7 @@ def rendered_per_second(env_id, quality, frames):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    drqv2_pisco.keep_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = drqv2_pisco.set_up(drqv2_pisco.Args(torch_threads=args.threads, cuda=args.cuda))
     cases = [("none", 0), ("pisco", 0), ("none", 2), ("pisco", 2)]
     updates = {f"update, {ssl}, {frozen} frozen": our_update(args, device, ssl, frozen) for ssl, frozen in cases}
     updates["update, none, 0 frozen, bf16"] = our_update(args, device, "none", 0, bf16=True)

@@ -76,7 +76,7 @@ def main():
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    ppo_pisco.write_atomically(RESULTS / "jump_moments.csv", lambda file: file.write(text.getvalue().encode()))
+    ppo_pisco.write_atomically(RESULTS / "jump_moments.csv", text.getvalue().encode())
     unsolved = sum(row["greedy"] != row["right"] for row in rows)
     print(f"{len(rows)} tasks played, {unsolved} not solved: {RESULTS / 'jump_moments.csv'}")
     return 0

@@ -47,7 +47,9 @@ def trained_folder(flags, runs_dir):
 
 def load_policy(folder):
     """The encoder, the policy head and the value head of a run of ppo_pisco.py on MSR Jump."""
-    agent = ppo_pisco.Agent(ppo_pisco.Args(ssl="none"), (1, 60, 60), 2).to(memory_format=torch.channels_last)
+    args, obs_shape = ppo_pisco.Args(ssl="none"), (1, 60, 60)
+    agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, obs_shape), obs_shape, 2)
+    agent.to(memory_format=torch.channels_last)
     tensors = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
     agent.load_state_dict({name: tensor for name, tensor in tensors.items() if name in agent.state_dict()})
     return agent
@@ -58,7 +60,7 @@ def noise_table(folder):
     """{standard deviation: {"target": share of solved tasks, "grid": the same}} of the greedy policy in `folder`."""
     args = ppo_pisco.Args(ssl="none")
     tasks = ppo_pisco.evaluation_tasks(args)
-    envs = ppo_pisco.ImageEnvs(args, len(tasks), args.seed, training=False)
+    envs = ppo_pisco.ImageEnvs(args, len(tasks), evaluation=True)
     agent = load_policy(folder)
     count = len(ppo_pisco.parse_jump_tasks(args.jump_tasks))
     grid = [tasks.index(task) for task in ppo_pisco.JUMP_GRID]
@@ -68,7 +70,7 @@ def noise_table(folder):
         solved = []
         for _ in range(DRAWS if std else 1):
             noisy = lambda obs: agent(ppo_pisco.random_noise(obs, std))  # noqa: B023, E731
-            episodes = ppo_pisco.play_episodes(noisy, envs, torch.device("cpu"), True, 0)
+            episodes = ppo_pisco.play_episodes(noisy, envs, args, torch.device("cpu"), greedy=True)
             solved.append([episode["success"] for episode in episodes])
         solved = np.mean(solved, axis=0)  # (tasks,)
         table[std] = {"target": float(solved[:count].mean()), "grid": float(solved[grid].mean())}
@@ -95,7 +97,7 @@ def main(argv=None):
         return error.returncode
     path = folder / "evaluation.json"
     results = json.loads(path.read_text()) | {"noise": noise_table(networks)}
-    ppo_pisco.write_atomically(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+    ppo_pisco.write_atomically(path, json.dumps(results, indent=1).encode())
     print("noise:", ", ".join(f"std {std} target {x['target']:.2f}" for std, x in results["noise"].items()))
     return 0
 

@@ -24,17 +24,20 @@ FLAGS = ["--encoder-weights", "none", "--ssl", "none", "--feature-dim", "4", "--
 class StateEncoder(nn.Module):
     """Images (B, 1, 60, 60) uint8 -> agent x, agent y, obstacle x, floor (B, 4) float32, as (pixels - 30) / 2."""
 
-    def __init__(self, architecture, obs_shape, feature_dim, bf16=False):
+    def __init__(self, args, obs_shape):
         super().__init__()
-        self.layers, self.frozen = nn.ModuleList(), 0
+        self.layers, self.frozen, self.about = nn.ModuleList(), 0, {}
 
     def freeze(self, count):
-        return self
-
-    def table(self):
-        return "the true state, no layers"
+        pass
 
     def forward(self, obs):
+        return self.trained_suffix(self.frozen_prefix(obs))
+
+    def trained_suffix(self, hidden):
+        return hidden
+
+    def frozen_prefix(self, obs):
         inner = obs[:, 0, 1:-1, 1:-1]  # (B, 58, 58): without the outline, so every index is one short
         white, grey = inner == ppo_pisco.JumpVectorEnv.WHITE, inner == ppo_pisco.JumpVectorEnv.GREY
         floor = white.all(2).float().argmax(1)  # (B,) the row that is white from side to side
@@ -51,17 +54,18 @@ class StateEncoder(nn.Module):
 class LinearAgent(ppo_pisco.Agent):
     """A policy linear in the state; the value, which no claim is about, may be any function of it."""
 
-    def __init__(self, args, obs_shape, num_actions):
-        super().__init__(args, obs_shape, num_actions)
+    def __init__(self, args, encoder, obs_shape, num_actions):
+        super().__init__(args, encoder, obs_shape, num_actions)
         layers = [nn.Linear(args.feature_dim, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
         self.critic = nn.Sequential(*layers, nn.Linear(64, 1))
 
 
 def main(argv=None):
-    """Runs ppo_pisco.py's command line `argv` with the state in the encoder's place. Returns its exit code."""
+    """Runs ppo_pisco.py's command line `argv` with the state in the encoder's place. Returns the run's folder."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     ppo_pisco.Encoder, ppo_pisco.Agent = StateEncoder, LinearAgent
-    return ppo_pisco.main(FLAGS + list(sys.argv[1:] if argv is None else argv))
+    return ppo_pisco.train(ppo_pisco.parse_args(argv if "--resume" in argv else FLAGS + argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
