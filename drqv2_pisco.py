@@ -375,7 +375,7 @@ def load_encoder(path, encoder):
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"--encoder-weights {path}: {error}; make the file with pretrain_encoder.py") from None
+        raise SystemExit(f"--encoder-weights {path}: {error}; `python pretrain_encoder.py` makes one") from None
     for key, here in encoder.about.items():
         if metadata.get(key) != here:
             raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
@@ -702,8 +702,8 @@ def play_episode(agent, env, args, device, seed, frames=None):
 def evaluate(agent, args, device, global_step, folder):
     """Plays episodes, writes evaluation.json and on request a GIF, and returns the averages by metric name."""
     env, returns, lengths, frames = make_env(args), [], [], []
-    for i in range(args.eval_episodes):
-        seed = (args.seed + 1_000_003 + 101 * global_step + i) % 2**32
+    seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes)  # no other run's
+    for i, seed in enumerate(seeds.tolist()):
         total, length = play_episode(agent, env, args, device, seed, frames if args.capture_video and not i else None)
         returns.append(total)
         lengths.append(length)
@@ -828,8 +828,9 @@ def train(args):
             env.set_state(state["env"])
         rows, seconds = state["rows"], state["seconds"]
 
-    print(f"run folder: {folder}, replay buffer: {replay.data.nbytes / 2**20:,.0f} MiB")
-    print(f"after a kill: python {sys.argv[0]} --resume {shlex.quote(str(folder))}", flush=True)
+    resume = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+    print(f"replay buffer: {replay.data.nbytes / 2**20:,.0f} MiB")
+    print(f"run folder: {folder}\nafter a kill: {resume}", flush=True)
     if args.track:
         import wandb
 

@@ -46,7 +46,6 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-
 # --- Arguments -------------------------------------------------------------------------------------------------------
 ENCODERS = Path(__file__).resolve().parent / "encoders"
 
@@ -477,7 +476,7 @@ def load_encoder(path, encoder):
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"--encoder-weights {path}: {error}; make the file with pretrain_encoder.py") from None
+        raise SystemExit(f"--encoder-weights {path}: {error}; `python pretrain_encoder.py` makes one") from None
     for key, here in encoder.about.items():
         if metadata.get(key) != here:
             raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
@@ -877,9 +876,9 @@ def train(args):
         rows, episodes, seconds = state["rows"], state["episodes"], state["seconds"]
     next_obs = envs.set_state(state["envs"]) if state else envs.reset()  # (N, C, H, W) uint8
     next_obs = torch.from_numpy(next_obs.copy()).to(device)
-
     folder = Path(args.resume) if args.resume else make_run_folder(args)
-    print(f"run folder: {folder}\nafter a kill: python {sys.argv[0]} --resume {shlex.quote(str(folder))}", flush=True)
+    resume = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+    print(f"run folder: {folder}\nafter a kill: {resume}", flush=True)
     if args.track:
         import wandb
 

@@ -492,17 +492,17 @@ SPEEDS = [  # file of the results, row in it, what it is called
     ("speed", "pong, none, 0 frozen / pong, peer", "PPO on Pong with CleanRL's settings, `--ssl none`: steps/s over "
      "CleanRL's `ppo_atari_envpool.py` (EnvPool 0.8.4)"),
     ("speed", "pong, none, 0 frozen, bf16 / pong, peer", "the same with `--bf16`"),
-    ("speed", "jump, none, 2 frozen / jump, pisco, 2 frozen", "PPO, two frozen layers: time of a step with PiSCO over one "
-     "without, Jump"),
+    ("speed", "jump, none, 2 frozen / jump, pisco, 2 frozen", "PPO, two frozen layers: time of a step with PiSCO over "
+     "one without, Jump"),
     ("speed", "pong, none, 2 frozen / pong, pisco, 2 frozen", "the same on Pong"),
-    ("speed", "jump, none, 0 frozen / jump, pisco, 2 frozen", "PPO, time of a step with two frozen layers and PiSCO over "
-     "one of finetuning everything without it, Jump"),
-    ("drqv2_speed", "update, none, 0 frozen / update, official agent", "DrQ-v2, batch 256, 84x84: seconds per update over "
-     "the official agent's"),
+    ("speed", "jump, none, 0 frozen / jump, pisco, 2 frozen", "PPO, time of a step with two frozen layers and PiSCO "
+     "over one of finetuning everything without it, Jump"),
+    ("drqv2_speed", "update, none, 0 frozen / update, official agent", "DrQ-v2, batch 256, 84x84: seconds per update "
+     "over the official agent's"),
     ("drqv2_speed", "update, none, 0 frozen / update, none, 0 frozen, bf16", "DrQ-v2, the same update without `--bf16` "
      "over one with it"),
-    ("drqv2_speed", "update, pisco, 2 frozen / update, none, 2 frozen", "DrQ-v2, two frozen layers: an update with PiSCO "
-     "over one without"),
+    ("drqv2_speed", "update, pisco, 2 frozen / update, none, 2 frozen", "DrQ-v2, two frozen layers: an update with "
+     "PiSCO over one without"),
     ("drqv2_speed", "cartpole-swingup, fast / cartpole-swingup, standard", "rendering cartpole-swingup: `fast` over "
      "`standard`"),
     ("drqv2_speed", "walker-walk, fast / walker-walk, standard", "rendering walker-walk: `fast` over `standard`"),
@@ -550,7 +550,7 @@ def draw_tasks():
     save(figure, "jump_tasks")
 
 
-def draw_heatmap(folder=folder_of(RESULTS, "quickstart", "freeze 2 + PiSCO") / "1"):
+def draw_heatmap(folder):
     """Which tasks a run's greedy policy solves, from the evaluation.json in its folder, as figures/heatmap.png."""
     evaluation = json.loads((folder / "evaluation.json").read_text())
     solved, trained = evaluation["greedy"]["solved"], evaluation["greedy"]["trained_tasks"]
@@ -598,7 +598,7 @@ def main(argv=None):
             print(f"{name}\n{table}\n")
     if args.suite in ("all", "quickstart"):
         draw_tasks()
-        draw_heatmap()
+        draw_heatmap(folder_of(RESULTS, "quickstart", "freeze 2 + PiSCO") / "1")
     if args.suite == "all":
         insert_table("verdicts", write_verdicts())
         insert_table("speed", write_speeds())

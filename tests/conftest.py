@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the programs that tests start: one thread
 # Four iterations of 4 copies x 8 steps, a checkpoint after each. The first collisions are at step 16, in the second.
 TINY = (
     "--encoder-weights none --feature-dim 32 --num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 128 "
-    "--jump-tasks 20:5,22:15,30:20 --learning-rate 1e-3 --anneal-lr --update-epochs 3 --checkpoint-interval 1 "
+    "--jump-tasks 20:5,22:15,30:20 --learning-rate 1e-3 --anneal-lr --update-epochs 2 --checkpoint-interval 1 "
     "--eval-episodes 1 --torch-threads 1 --no-cuda"
 )
 SMALL_GRID = [(20, 10), (45, 20)]  # instead of the 286 tasks, where a test is not about them
@@ -34,16 +36,19 @@ class Killed(BaseException):
 
 
 class TinyImage(gym.Env):
-    """Images full of the step's number, with a 9 in the last channel. Episodes end by turns: terminated after 3 steps,
-    truncated after 5. Reward 10 a step, actions 5, 6, 7."""
+    """Images full of the step's number, with a 9 in the last of three channels, or of noise. Episodes end by turns:
+    terminated after 3 steps, truncated after 5, or never. Actions 5, 6, 7."""
 
-    def __init__(self, shape=(36, 40, 3), continuous=False):
+    def __init__(self, shape=(36, 40, 3), continuous=False, endless=False, noise=False, reward=10.0):
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,)) if continuous else gym.spaces.Discrete(3, start=5)
+        self.endless, self.noise, self.reward = endless, noise, reward
         self.episode = 0
 
     def _image(self):
-        image = np.full(self.observation_space.shape, self.t, np.uint8)
+        if self.noise:
+            return self.np_random.integers(0, 256, self.observation_space.shape, np.uint8)
+        image = np.full(self.observation_space.shape, self.t % 256, np.uint8)
         if image.shape[-1] == 3:
             image[..., 2] = 9
         return image
@@ -56,8 +61,8 @@ class TinyImage(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action)
         self.t += 1
-        odd = self.episode % 2 == 1
-        return self._image(), 10.0, odd and self.t == 3, not odd and self.t == 5, {}
+        length, odd = 0 if self.endless else self.t, self.episode % 2 == 1
+        return self._image(), self.reward, odd and length == 3, not odd and length == 5, {}
 
 
 for name, kwargs in {
@@ -67,9 +72,14 @@ for name, kwargs in {
     "TinyImageFirst-v0": {"shape": (3, 36, 40)},
     "TinyImageStack-v0": {"shape": (36, 40, 12)},
     "TinyImageSmall-v0": {"shape": (20, 20, 3)},
+    "TinyImageLarge-v0": {"shape": (240, 320, 3)},
     "TinyImageContinuous-v0": {"continuous": True},
+    "TinyImageNoise-v0": {"noise": True},
+    "TinyImageEndless-v0": {"endless": True},
+    "TinyImageNaN-v0": {"reward": math.nan},
 }.items():
     gym.register(name, entry_point=TinyImage, kwargs=kwargs)
+gym.register("TinyImageLimited-v0", entry_point=TinyImage, kwargs={"endless": True}, max_episode_steps=6)
 
 
 def command(runs_dir, flags=""):
@@ -79,23 +89,26 @@ def command(runs_dir, flags=""):
 
 def train(runs_dir, flags=""):
     """Trains in this process and returns the new run's folder."""
-    before = set(Path(runs_dir).glob("*"))
-    assert ppo_pisco.main(command(runs_dir, flags)) == 0
-    (folder,) = set(Path(runs_dir).glob("*")) - before
-    return folder
+    return ppo_pisco.train(ppo_pisco.parse_args(command(runs_dir, flags)))
 
 
 def resume(folder):
-    assert ppo_pisco.main(["--resume", str(folder)]) == 0
+    assert ppo_pisco.train(ppo_pisco.parse_args(["--resume", str(folder)])) == folder
     return folder
 
 
 def train_until_killed(runs_dir, flags=""):
     """Trains in this process up to where `kill_at` says and returns the folder."""
     with pytest.raises(Killed):
-        ppo_pisco.main(command(runs_dir, flags))
+        train(runs_dir, flags)
     (folder,) = Path(runs_dir).glob("*")
     return folder
+
+
+def program(*arguments, **kwargs):
+    """Starts ppo_pisco.py as a program of its own."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, ROOT / "ppo_pisco.py", *arguments], **(pipes | kwargs))
 
 
 def kill_at(monkeypatch, owner, name, nth, first=lambda *args: None):

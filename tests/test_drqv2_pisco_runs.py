@@ -1,28 +1,42 @@
-"""Whole runs of drqv2_pisco.py: environment, what training changes and leaves alone, run folders, resume."""
+"""Whole runs of drqv2_pisco.py: defaults, environments, what training changes and leaves alone, run folders, resume."""
 
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, encoder_file, evaluation, kill_at
-from drqv2_common import assert_same_end, command, numbers, resume, shorten_episodes, train, train_until_killed
-from drqv2_pisco import DMCPixels
+from conftest import ROOT, Killed, encoder_file, evaluation, kill_at, metrics
+from drqv2_common import (
+    TinyControl,
+    TinyResumable,
+    assert_same_end,
+    command,
+    resume,
+    shorten_episodes,
+    train,
+    train_until_killed,
+    use,
+)  # fmt: skip
 from PIL import Image
 
 import drqv2_pisco
+from drqv2_pisco import Args, DMCPixels, parse_args
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def tiny_environment(monkeypatch):
+    """Runs that are not about the simulation need none. The suite's own episodes are short."""
+    use(monkeypatch)
     shorten_episodes(monkeypatch)
 
 
@@ -30,12 +44,81 @@ def short(monkeypatch):
 def finished(tmp_path_factory):
     """A finished tiny run. Tests only read it."""
     with pytest.MonkeyPatch.context() as patch:
-        shorten_episodes(patch)
+        use(patch)
         return train(tmp_path_factory.mktemp("finished"))
 
 
 def tensors(folder, name="model"):
     return safetensors.torch.load_file(folder / f"{name}.safetensors")
+
+
+# --- Defaults --------------------------------------------------------------------------------------------------------
+EASY = {
+    "total_frames": 1_100_000, "stddev_steps": 100_000, "nstep": 3, "batch_size": 256, "learning_rate": 1e-4,
+    "feature_dim": 50, "hidden_dim": 1024, "replay_size": 1_000_000, "encoder_weights": "none", "stddev_start": 1.0,
+    "stddev_end": 0.1, "action_repeat": 2, "seed_frames": 4_000, "explore_steps": 2_000, "update_every": 2,
+}  # fmt: skip
+MEDIUM = {"total_frames": 3_100_000, "stddev_steps": 500_000}
+WALKER = {"nstep": 1, "batch_size": 512}
+HUMANOID = {"total_frames": 30_100_000, "stddev_steps": 2_000_000, "learning_rate": 8e-5, "feature_dim": 100}
+OFFICIAL = {  # task: what differs from an easy one's, of facebookresearch/drqv2
+    **{
+        task: MEDIUM
+        for task in (
+            "acrobot-swingup", "cartpole-swingup_sparse", "cheetah-run", "finger-turn_easy", "finger-turn_hard",
+            "hopper-hop", "quadruped-walk", "reacher-easy", "reacher-hard",
+        )
+    },
+    "quadruped-run": MEDIUM | {"replay_size": 100_000},
+    "walker-run": MEDIUM | WALKER, "walker-walk": WALKER, "walker-stand": WALKER,
+    **{f"humanoid-{task}": HUMANOID for task in ("stand", "walk", "run")},
+    **{
+        task: {}
+        for task in (
+            "cartpole-balance", "cartpole-balance_sparse", "ball_in_cup-catch", "finger-spin", "hopper-stand",
+            "pendulum-swingup", "humanoid_CMU-walk", "acrobot-swingup_sparse",
+        )
+    },
+    "cartpole-swingup": {"encoder_weights": str(ROOT / "encoders" / "cartpole-balance__drqv2__rl.safetensors")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("env_id", OFFICIAL)
+def test_defaults_are_the_official_ones_of_the_task(env_id):
+    args = vars(parse_args(["--env-id", env_id]))
+    assert args["env_id"] == env_id
+    assert {name: args[name] for name in EASY} == EASY | OFFICIAL[env_id]
+
+
+def test_without_a_task_the_shipped_encoder_is_there():
+    args = parse_args([])
+    assert args == parse_args(["--env-id", "cartpole-swingup"]) and os.path.isfile(args.encoder_weights)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_any_flag_beats_the_tasks_defaults(order):
+    pairs = [("--nstep", "2"), ("--batch-size", "7"), ("--env-id", "walker-run"), ("--total-frames", "5000")]
+    args = parse_args([word for pair in pairs[::order] for word in pair])
+    assert (args.nstep, args.batch_size, args.total_frames, args.stddev_steps) == (2, 7, 5000, 500_000)
+    assert parse_args(["--env-id", "cartpole-swingup", "--encoder-weights", "none"]).encoder_weights == "none"
+
+
+def test_help_shows_the_tasks_defaults(capsys):
+    for argv, wanted in ((["--env-id", "walker-walk", "--help"], 512), (["-h"], 256)):
+        with pytest.raises(SystemExit) as stop:
+            parse_args(argv)
+        assert stop.value.code == 0
+        text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert re.search(rf"--batch-size.*?default: {wanted}\)", text, re.DOTALL).group().count("--") == 1
+        assert "DrQ-v2 with PiSCO" in text
+
+
+def test_run_folder_keeps_the_tasks_defaults(tmp_path, monkeypatch):
+    kill_at(monkeypatch, drqv2_pisco, "update", 4)
+    folder = train_until_killed(tmp_path, "--env-id walker-walk --total-frames 120")
+    saved = json.loads((folder / "args.json").read_text())
+    assert (saved["nstep"], saved["batch_size"], saved["stddev_steps"]) == (1, 8, 100_000) and "resume" not in saved
+    assert parse_args(["--resume", str(folder)]) == Args(**saved, resume=str(folder))
 
 
 # --- Environment -----------------------------------------------------------------------------------------------------
@@ -55,7 +138,6 @@ def test_environment_is_the_suites(monkeypatch):
         wanted = sum(reference.step(action).reward for _ in range(3 if step < 13 else 1))
         assert reward == pytest.approx(wanted, abs=1e-12) and not terminated
         assert truncated == (step == 13)
-    assert env.max_steps == 14
     env.close()
 
 
@@ -77,6 +159,14 @@ def test_a_true_end_is_told_from_the_time_limit(monkeypatch, discount, terminate
     monkeypatch.setattr(env.env, "step", lambda action: last)
     _, reward, *ends, _ = env.step(np.zeros(1, np.float32))
     assert reward == 1.5 and ends == [terminated, not terminated]  # the second repeat is not played
+    env.close()
+
+
+def test_an_action_that_is_not_a_number_ends_its_episode():
+    """So that a run whose losses have run away comes to the line that says so."""
+    env = DMCPixels("cartpole-balance", 24, 2, "fast")
+    env.reset(seed=0)
+    assert env.step(np.full(1, np.nan, np.float32))[2:4] == (True, False)
     env.close()
 
 
@@ -135,102 +225,116 @@ def test_environment_state_gives_the_same_next_episode():
     env.close()
 
 
+def test_suite_end_to_end(tmp_path, monkeypatch):
+    """The environment of the flags, trained on, evaluated, killed in its second evaluation and gone on with."""
+    monkeypatch.undo()
+    shorten_episodes(monkeypatch)
+    whole = train(tmp_path / "whole", "--total-frames 160")
+    assert [int(row["global_step"]) for row in metrics(whole)] == [40, 80, 120, 160]
+    assert all(
+        0 < float(row["charts/episodic_return"]) <= 40 for row in metrics(whole)
+    )  # balancing pays from the start
+    with monkeypatch.context() as patch:
+        kill_at(patch, drqv2_pisco, "evaluate", 2)
+        folder = train_until_killed(tmp_path / "killed", "--total-frames 160")
+    assert_same_end(resume(folder), whole)
+
+
+def test_manipulation():
+    """Images of the task's own camera; ten seconds in steps of 0.04, two to an action."""
+    env = DMCPixels("manipulation-reach_duplo", 24, 2)
+    assert env.observation_space.shape == (3, 84, 84) and env.action_space.shape == (9,)
+    lives = []
+    for _ in range(2):
+        frame, _ = env.reset(seed=3)
+        assert env.observation_space.contains(frame) and len(np.unique(frame)) > 10
+        rng, life = np.random.default_rng(0), [frame]
+        for _ in range(3):
+            frame, reward, terminated, truncated, _ = env.step(rng.uniform(-1, 1, 9).astype(np.float32))
+            assert env.observation_space.contains(frame) and 0 <= reward <= 2 and not terminated and not truncated
+            life.append(frame)
+        assert np.array_equal(
+            frame, env.env._observation_updater.get_observation()["front_close"][0].transpose(2, 0, 1)
+        )
+        lives.append(np.stack(life))
+    assert np.array_equal(*lives) and not np.array_equal(lives[0][0], lives[0][-1])
+    assert not np.array_equal(env.reset(seed=4)[0], lives[0][0])
+    assert env.env._time_limit / env.env.control_timestep() == pytest.approx(250)
+    env.env._time_limit = 0.2  # five steps: the last action is repeated once
+    env.reset()
+    ends = [env.step(np.zeros(9))[2:4] for _ in range(3)]
+    assert ends == [(False, False), (False, False), (False, True)]
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "platform, display, before, after",
+    [("linux", None, None, "egl"), ("linux", None, "osmesa", "osmesa"), ("linux", ":0", None, None),
+     ("darwin", None, None, None)],
+)  # fmt: skip
+def test_renderer(monkeypatch, platform, display, before, after):
+    """EGL where there is no display and the user has not chosen. An unknown task ends it before anything is loaded."""
+    monkeypatch.setattr(sys, "platform", platform)
+    for name, value in (("DISPLAY", display), ("MUJOCO_GL", before)):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    with pytest.raises(SystemExit):
+        DMCPixels("nonsense")
+    assert os.environ.get("MUJOCO_GL") == after
+
+
+def test_renderer_that_fails_speaks_for_itself(tmp_path):
+    environment = os.environ | {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "7"}
+    argv = [sys.executable, ROOT / "drqv2_pisco.py", *command(tmp_path / "runs")]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "MUJOCO_EGL_DEVICE_ID" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 # --- What training changes -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("count, flags", [(0, ""), (2, ""), ("all", ""), (2, "--bf16")])
+@pytest.mark.parametrize("count, flags", [(0, ""), (2, ""), ("all", ""), (2, "--bf16"), (2, "--ssl curl")])
 def test_frozen_layers_stay_and_the_others_move(tmp_path, monkeypatch, count, flags):
-    initial, make_agent = {}, drqv2_pisco.make_agent
+    initial, agent_class = {}, drqv2_pisco.Agent
 
     def spy(*args):
-        agent, text = make_agent(*args)
+        agent = agent_class(*args)
         initial.update({name: value.clone() for name, value in agent.state_dict().items()})
-        return agent, text
+        return agent
 
-    monkeypatch.setattr(drqv2_pisco, "make_agent", spy)
+    monkeypatch.setattr(drqv2_pisco, "Agent", spy)
     folder = train(tmp_path, f"--freeze-layers {count} --freeze-random --total-frames 160 {flags}")
     frozen = 4 if count == "all" else count
+    stay = tuple(f"{encoder}.layers.{i}." for encoder in ("encoder", "key_encoder.0") for i in range(frozen))
     for name, value in tensors(folder).items():
-        is_frozen = name.startswith(tuple(f"encoder.layers.{i}." for i in range(frozen)))
-        assert torch.equal(value, initial[name]) == is_frozen, name
-    rows = [row for row in numbers(folder) if row["losses/critic_loss"]]
-    assert rows and all(float(row["losses/grad_norm_frozen"]) == 0.0 for row in rows)
-    assert all((float(row["losses/grad_norm_encoder"]) > 0.0) == (frozen < 4) for row in rows)
+        assert torch.equal(value, initial[name]) == (name.startswith(stay) if stay else False), name
+    rows = [row for row in metrics(folder) if row["losses/critic_loss"]]
+    assert rows and all((float(row["losses/grad_norm_encoder"]) > 0.0) == (frozen < 4) for row in rows)
 
 
 @pytest.mark.parametrize("ssl", ["simsiam", "curl", "consistency", "none"])
 def test_every_loss_trains(tmp_path, ssl):
-    rows = numbers(train(tmp_path, f"--ssl {ssl} --total-frames 120 --augmentation noise --pisco-std schedule"))
-    assert [int(row["frame"]) for row in rows] == [40, 80, 100, 120]
-    # Steps 20 to 39 and 40 to 59, the second and the third episode: updates at every fourth.
-    for row in (rows[1], rows[3]):
+    folder = train(tmp_path, f"--ssl {ssl} --total-frames 120 --augmentation noise --pisco-std schedule")
+    rows = metrics(folder)
+    assert [int(row["global_step"]) for row in rows] == [40, 78, 118, 120]  # the second is terminated a step early
+    for row in rows[1:3]:
         assert all(math.isfinite(float(value)) for value in row.values() if value != "")
-        assert {kind for kind in ("pisco", "simsiam", "curl", "consistency") if row[f"losses/{kind}"]} == {ssl} - {
-            "none"
-        }
-        assert bool(row["losses/view_distance"]) == (ssl != "none")
+        kinds = {kind for kind in ("pisco", "simsiam", "curl", "consistency") if f"losses/{kind}" in row}
+        assert kinds == {ssl} - {"none"} and ("losses/view_distance" in row) == (ssl != "none")
 
 
 def test_updates_are_counted_in_steps(tmp_path, monkeypatch):
     """120 steps, every fourth from step 20 on: 25 updates, with the schedule's standard deviation of their step."""
     calls, real = [], drqv2_pisco.update
 
-    def spy(agent, optimizers, batch, std, *args):
+    def spy(agent, critic_optimizer, actor_optimizer, batch, std, args):
         calls.append(std)
         assert batch[0].shape == (8, 9, 24, 24)
-        return real(agent, optimizers, batch, std, *args)
+        return real(agent, critic_optimizer, actor_optimizer, batch, std, args)
 
     monkeypatch.setattr(drqv2_pisco, "update", spy)
     train(tmp_path, "--stddev-steps 50")
     assert calls == pytest.approx([max(1.0 - 0.9 * step / 50, 0.1) for step in range(20, 120, 4)])
-
-
-# --- The run folder --------------------------------------------------------------------------------------------------
-def test_same_seed_same_run(tmp_path, finished):
-    assert_same_end(train(tmp_path), finished)
-
-
-def test_other_seed_other_run(tmp_path, finished):
-    other = train(tmp_path, "--seed 2 --total-frames 120")
-    assert numbers(other)[0]["charts/episodic_return"] != numbers(finished)[0]["charts/episodic_return"]
-
-
-def test_run_folder(finished):
-    names = {path.name for path in finished.iterdir()}
-    assert names >= {
-        "args.json", "metrics.csv", "checkpoint.pt", "checkpoint.previous.pt", "model.safetensors",
-        "encoder.safetensors", "evaluation.json",
-    }  # fmt: skip
-    assert not [name for name in names if name.endswith(".tmp")] and "replay.bin" not in names
-    assert finished.name.startswith("cartpole-balance__drqv2_pisco__1__")
-    rows = numbers(finished)
-    assert list(rows[0])[:2] == ["frame", "episode_return"]
-    assert [int(row["frame"]) for row in rows if row["charts/episodic_return"]] == [40, 80, 120, 160, 200, 240]
-    assert [int(row["frame"]) for row in rows if row["episode_return"]] == [100, 200, 240]
-    assert all(0 <= float(row["charts/episodic_return"]) <= 40 for row in rows if row["charts/episodic_return"])
-    last = evaluation(finished)
-    assert last["frame"] == 240 and last["length"] == [20]
-    assert float(rows[-1]["episode_return"]) == last["return"][0] == last["metrics"]["episode_return"]
-
-
-@pytest.mark.parametrize("image_size", [24, 26])
-def test_encoder_file_loads_into_another_run(tmp_path, finished, image_size):
-    """Also into one with images of another size: convolutions take any."""
-    weights, about = encoder_file(finished / "encoder.safetensors")
-    assert about["architecture"] == "drqv2" and about["observation_shape"] == "[9, 24, 24]"
-    assert about["environment"] == "cartpole-balance" and about["steps"] == "240" and about["seed"] == "1"
-    assert "pisco" in about["objective"]
-    flags = f"--encoder-weights {finished}/encoder.safetensors --freeze-layers all --total-frames 80 --seed 5"
-    other = tensors(train(tmp_path, f"{flags} --image-size {image_size}"), "encoder")
-    assert other.keys() == weights.keys()
-    for name, value in weights.items():
-        assert torch.equal(other[name], value) and torch.equal(tensors(finished)[f"encoder.{name}"], value)
-
-
-def test_evaluation_leaves_training_alone(tmp_path, finished):
-    folder = train(tmp_path, "--eval-interval 40 --eval-episodes 2 --capture-video")
-    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    assert len(set(evaluation(folder)["return"])) == 2  # two different episodes
-    video = Image.open(folder / "evaluation_80.gif")
-    assert video.format == "GIF" and video.size == (52, 52) and 1 < video.n_frames <= 20  # a rim of 1, twice as large
 
 
 def stack_of(rows, i, first):
@@ -240,100 +344,302 @@ def stack_of(rows, i, first):
 
 def test_what_is_played_is_what_is_stored(tmp_path, monkeypatch):
     """Actions come from the stacks that the replay will have, with the schedule's noise; only a true end is stored as
-    one."""
-    rows, acts, steps = [], [], []
-    add, act, step = drqv2_pisco.Replay.add, drqv2_pisco.act, DMCPixels.step
+    one; an episode's first image is a reset's."""
+    rows, acts, steps, resets = [], [], [], []
+    add, act, step, reset = drqv2_pisco.Replay.add, drqv2_pisco.act, TinyControl.step, TinyControl.reset
 
     def spy_add(self, frame, action=0.0, reward=0.0, terminated=False):
         rows.append((frame.copy(), action, reward, terminated))
         add(self, frame, action, reward, terminated)
 
-    def spy_act(agent, obs, device, std=None):
-        acts.append((obs, std)) if std is not None else None  # an evaluation gives none
-        return act(agent, obs, device, std or 0.0)
+    def spy_act(agent, obs, device, std=0.0):
+        if std:  # an evaluation gives none
+            acts.append((obs, std))
+        return act(agent, obs, device, std)
 
-    def end_the_second_episode_early(self, action):
-        steps.append(action)
-        frame, reward, _, truncated, info = step(self, action)
-        return frame, reward, len(steps) == 27, truncated, info
+    def spy_step(self, action):
+        frame, reward, *ends = step(self, action)
+        steps.append((frame, action, reward))
+        return frame, reward, *ends
+
+    def spy_reset(self, **kwargs):
+        frame, info = reset(self, **kwargs)
+        resets.append(frame)
+        return frame, info
 
     monkeypatch.setattr(drqv2_pisco.Replay, "add", spy_add)
     monkeypatch.setattr(drqv2_pisco, "act", spy_act)
-    monkeypatch.setattr(DMCPixels, "step", end_the_second_episode_early)
-    train(tmp_path, "--total-frames 160 --stddev-steps 50 --eval-interval 0")
-    # Episodes of 20 and 7 steps, then 20 and 20 and 13: each has a row more than steps.
-    firsts = [0, 21, 29, 50, 71]
-    assert len(rows) == 80 + 5 and [i for i, row in enumerate(rows) if row[3]] == [28]
-    played = [(i, first) for first, end in zip(firsts, [*firsts[1:], 85]) for i in range(first, end - 1)]
-    assert len(played) == 80 and len(acts) == 70  # ten steps explore
+    monkeypatch.setattr(TinyControl, "step", spy_step)
+    monkeypatch.setattr(TinyControl, "reset", spy_reset)
+    use(monkeypatch, lambda args: TinyResumable(length=8))
+    train(tmp_path, "--total-frames 110 --seed-frames 20 --stddev-steps 50 --eval-interval 0")
+    # The first reset seeds, the second begins: episodes of 8, 7 and 8 steps, then 8, 7, 8 and 8, and one of a single
+    # step; each has a row more than steps.
+    firsts = [0, 9, 17, 26, 35, 43, 52, 61]
+    ends = [*firsts[1:], 63]
+    assert len(rows) == 55 + 8 and [i for i, row in enumerate(rows) if row[3]] == [16, 42]
+    played = [(i, first) for first, end in zip(firsts, ends) for i in range(first, end - 1)]
+    assert len(played) == 55 and len(acts) == 45  # ten steps explore
     for t, ((i, first), (obs, std)) in enumerate(zip(played[10:], acts), start=10):
         np.testing.assert_array_equal(obs, stack_of(rows, i, first))
         assert std == pytest.approx(drqv2_pisco.stddev_schedule(t, 1.0, 0.1, 50))
-    for (i, _), action in zip(played, steps):
+    for (i, _), (frame, action, reward) in zip(played, steps):
+        np.testing.assert_array_equal(rows[i + 1][0], frame)
         np.testing.assert_array_equal(rows[i + 1][1], action)
+        assert rows[i + 1][2] == reward
+    for first, frame in zip(firsts, resets[1:]):
+        np.testing.assert_array_equal(rows[first][0], frame)
 
 
-def test_printed_memory_and_table(tmp_path, capsys):
-    train(tmp_path, "--total-frames 80")
+# --- The run folder --------------------------------------------------------------------------------------------------
+def test_same_seed_same_run(tmp_path, finished):
+    assert_same_end(train(tmp_path), finished)
+
+
+def test_other_seed_other_run(tmp_path, finished):
+    other = train(tmp_path, "--seed 2 --total-frames 120")
+    assert metrics(other)[0]["charts/episodic_return"] != metrics(finished)[0]["charts/episodic_return"]
+
+
+def test_run_folder(finished):
+    names = {path.name for path in finished.iterdir() if not path.name.startswith("events.")}
+    assert names == {
+        "args.json", "metrics.csv", "checkpoint.pt", "model.safetensors", "encoder.safetensors", "evaluation.json",
+    }  # fmt: skip
+    assert finished.name.startswith("cartpole-balance__drqv2_pisco__1__")
+    rows = metrics(finished)
+    assert list(rows[0])[0] == "global_step"
+    # A row for every episode, the second and the fifth of which are a step shorter, and one for the run's last steps
+    assert [int(row["global_step"]) for row in rows] == [40, 78, 118, 158, 196, 236, 240]
+    assert [row["charts/episodic_length"] for row in rows] == ["20", "19", "20", "20", "19", "20", ""]
+    assert [row["charts/replay_steps"] for row in rows] == ["20", "39", "59", "79", "98", "118", ""]
+    # An evaluation at the end of the episode that passes 100, and 200; and one at the run's end
+    assert [int(row["global_step"]) for row in rows if row["eval/greedy_return"]] == [118, 236, 240]
+    last = evaluation(finished)
+    assert last["global_step"] == 240 and last["length"] == [20] and last["env_id"] == "cartpole-balance"
+    assert float(rows[-1]["eval/greedy_return"]) == last["return"][0] == last["metrics"]["eval/greedy_return"]
+    assert float(rows[-1]["eval/greedy_length"]) == 20 == last["metrics"]["eval/greedy_length"]
+
+
+def test_checkpoints_come_at_an_episodes_end_after_the_mark(tmp_path, monkeypatch):
+    marks, real = [], drqv2_pisco.write_atomically
+
+    def spy(path, data):
+        real(path, data)
+        if path.name == "checkpoint.pt":
+            marks.append(drqv2_pisco.load_checkpoint(path.parent, "cpu")["step"] * 2)
+
+    monkeypatch.setattr(drqv2_pisco, "write_atomically", spy)
+    train(tmp_path, "--eval-interval 0 --checkpoint-interval 78")
+    assert marks == [78, 158, 236, 240]
+
+
+def test_replay_file_is_whole_from_the_start(tmp_path, monkeypatch):
+    sizes, real = [], drqv2_pisco.Replay.add
+
+    def spy(self, *args):
+        (path,) = tmp_path.glob("*/replay.bin")
+        sizes.append((path.stat().st_size, path.stat().st_blocks * 512 >= path.stat().st_size, self.rows))
+        real(self, *args)
+
+    monkeypatch.setattr(drqv2_pisco.Replay, "add", spy)
+    folder = train(tmp_path, "--total-frames 120 --replay-size 50")
+    assert len(set(sizes)) == 1 and sizes[0][1] and sizes[0][2] == 50 and sizes[0][0] > 50 * 3 * 24 * 24
+    assert not (folder / "replay.bin").exists()
+
+
+@pytest.mark.parametrize("image_size", [24, 26])
+def test_encoder_file_loads_into_another_run(tmp_path, monkeypatch, finished, image_size):
+    """Also into one with images of another size: convolutions take any."""
+    weights, about = encoder_file(finished / "encoder.safetensors")
+    assert about["architecture"] == "drqv2" and about["observation_shape"] == "[9, 24, 24]"
+    assert about["environment"] == "cartpole-balance" and about["steps"] == "240" and about["seed"] == "1"
+    assert "pisco" in about["objective"]
+    use(monkeypatch, lambda args: TinyResumable(shape=(3, args.image_size, args.image_size)))
+    flags = f"--encoder-weights {finished}/encoder.safetensors --freeze-layers all --total-frames 80 --seed 5"
+    other = tensors(train(tmp_path, f"{flags} --image-size {image_size}"), "encoder")
+    assert other.keys() == weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(other[name], value) and torch.equal(tensors(finished)[f"encoder.{name}"], value)
+
+
+def test_what_is_printed(tmp_path, capsys):
+    folder = train(tmp_path, "--total-frames 80 --freeze-layers 1 --freeze-random")
     text = capsys.readouterr().out
-    assert "replay buffer: " in text and "9,248  trained" in text
+    assert "layer  1      2,624 parameters  frozen" in text and "layer  2      9,248 parameters  trained" in text
+    assert f"run folder: {folder}" in text and f" --resume {folder}\n" in text
+    assert "evaluation: greedy_return " in text
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+def test_evaluation_leaves_training_alone(tmp_path, finished):
+    folder = train(tmp_path, "--eval-interval 40 --eval-episodes 2 --capture-video")
+    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert len(set(evaluation(folder)["return"])) == 2  # two different episodes
+    # The first episode's end after each mark; that at 78 is before the second one
+    names = {f"evaluation_{frames}.gif" for frames in (40, 118, 158, 196, 236, 240)}
+    assert {path.name for path in folder.glob("*.gif")} == names
+    video = Image.open(folder / "evaluation_118.gif")
+    assert video.format == "GIF" and video.size == (48, 48) and video.n_frames == 20  # one episode, twice as large
+
+
+@pytest.mark.parametrize(
+    "shape, size", [((3, 160, 48), (96, 320)), ((1, 24, 300), (300, 24)), ((3, 400, 84), (56, 268))]
+)
+def test_video_is_thinned_out(tmp_path, monkeypatch, shape, size):
+    """To at most 160 pixels, each shown as 2 x 2, and to the first 1000 frames."""
+    saved, real = [], drqv2_pisco.write_gif
+    monkeypatch.setattr(
+        drqv2_pisco, "write_gif", lambda path, frames: saved.append(len(frames)) or real(path, frames[:3])
+    )
+    use(monkeypatch, lambda args: TinyResumable(length=1100 if shape[0] == 1 else 5, shape=shape))
+    agent = type("Agent", (), {"act": None})
+    monkeypatch.setattr(drqv2_pisco, "act", lambda agent, obs, device: np.zeros(2, np.float32))
+    args = parse_args(command(tmp_path, "--capture-video --eval-episodes 2"))
+    drqv2_pisco.evaluate(agent, args, "cpu", 7, tmp_path)
+    assert saved == [1000 if shape[0] == 1 else 5]
+    assert Image.open(tmp_path / "evaluation_7.gif").size == size
+
+
+def test_episode_that_never_ends_is_cut_off(tmp_path, monkeypatch, capsys):
+    """In an evaluation; training goes on as it is."""
+    environments = []
+
+    def make(args):
+        environments.append(TinyResumable(length=20 if not environments else -1))  # the first one is trained on
+        return environments[-1]
+
+    use(monkeypatch, make)
+    folder = train(tmp_path, "--total-frames 120 --eval-interval 0 --eval-max-steps 33 --eval-episodes 2")
+    assert capsys.readouterr().out.count("an episode was cut off after 33 steps") == 2
+    assert evaluation(folder)["length"] == [33, 33]
+
+
+def test_row_and_checkpoint_are_there_before_an_evaluation(tmp_path, monkeypatch, finished):
+    """An evaluation can take long: the run that is killed in it comes back to it at once."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, drqv2_pisco, "evaluate", 2)
+        folder = train_until_killed(tmp_path)
+    rows = metrics(folder)
+    assert [row["global_step"] for row in rows] == ["40", "78", "118", "158", "196", "236"]
+    assert not rows[-1]["eval/greedy_return"] and rows[2]["eval/greedy_return"]
+    assert drqv2_pisco.load_checkpoint(folder, "cpu")["step"] == 236 // 2
+    calls, real = [], drqv2_pisco.evaluate
+    monkeypatch.setattr(drqv2_pisco, "evaluate", lambda *args: calls.append(args[3]) or real(*args))
+    assert_same_end(resume(folder), finished)
+    assert calls == [236, 240]
 
 
 # --- Resume ----------------------------------------------------------------------------------------------------------
+def halve(fd):
+    os.truncate(fd, os.fstat(fd).st_size // 2)
+
+
+# Every file that a tiny run writes: its arguments; a checkpoint and its metrics at 118, 196, 236 and 240 frames; an
+# evaluation and its metrics at 118, 236 and 240; the weights of the agent and of the encoder.
+WRITES = 1 + 4 * 2 + 3 * 2 + 2
+
 MOMENTS = [
     ("before the first checkpoint", drqv2_pisco, "update", 2),
-    ("after the first checkpoint", drqv2_pisco, "update", 10),
+    ("after the first checkpoint", drqv2_pisco, "update", 7),
     ("after the second checkpoint", drqv2_pisco, "update", 24),
-    ("before the metrics are written", drqv2_pisco.RunFolder, "log", 5),
-    ("before the second checkpoint", drqv2_pisco.RunFolder, "save_checkpoint", 2),
-    ("in the evaluation", drqv2_pisco, "evaluate", 2),
+    ("in a step", TinyControl, "step", 100),
+    ("while a row is added", drqv2_pisco.Replay, "add", 90),
+    ("while metrics are written", drqv2_pisco, "write_metrics", 3),
+    ("in an evaluation", drqv2_pisco, "play_episode", 2),
+    ("in the last evaluation", drqv2_pisco, "evaluate", 3),
     ("before the encoder is written", drqv2_pisco, "save_encoder", 1),
-    ("while the checkpoint is renamed", os, "replace", 3),
+    *((f"before file {n} is renamed", os, "replace", n) for n in range(2, WRITES + 1)),
+    *((f"half of file {n} written", os, "fsync", n) for n in (2, 3, 4, 5, 6, 7, WRITES - 1, WRITES)),
 ]
 
 
-@pytest.mark.parametrize("moment, owner, name, nth", MOMENTS)
+@pytest.mark.parametrize("moment, owner, name, nth", MOMENTS, ids=[moment[0] for moment in MOMENTS])
 def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch, finished, moment, owner, name, nth):
     with monkeypatch.context() as patch:
-        kill_at(patch, owner, name, nth)
+        kill_at(patch, owner, name, nth, first=halve if name == "fsync" else lambda *args: None)
         folder = train_until_killed(tmp_path)
     assert_same_end(resume(folder), finished)
 
 
-@pytest.fixture(scope="module")
-def gone_round(tmp_path_factory):
-    """A finished run of 500 steps whose replay buffer has 378 rows, with a checkpoint after every third episode."""
-    with pytest.MonkeyPatch.context() as patch:
-        shorten_episodes(patch)
-        return train(tmp_path_factory.mktemp("whole"), GONE_ROUND)
+def test_every_write_is_one_of_these_moments(tmp_path, monkeypatch):
+    calls, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append(paths) or real(*paths))
+    train(tmp_path)
+    assert len(calls) == WRITES
 
 
-GONE_ROUND = "--total-frames 1000 --replay-size 360 --checkpoint-interval 120 --eval-interval 0 --ssl none"
+def test_run_killed_again_and_again(tmp_path, monkeypatch, finished):
+    """At the same number of steps after every start."""
+    folder, starts = None, 0
+    while folder is None or not (folder / "model.safetensors").exists():
+        with monkeypatch.context() as patch:
+            kill_at(patch, drqv2_pisco.Replay, "add", 64)
+            try:
+                resume(folder) if folder else train(tmp_path)
+            except Killed:
+                (folder,) = tmp_path.glob("*")
+        starts += 1
+        assert starts < 10
+    assert starts == 3  # in steps 62 and 119, after the checkpoints of steps 59 and 118
+    assert_same_end(folder, finished)
 
 
-@pytest.mark.parametrize("newest", [True, False])
-def test_killed_run_whose_replay_has_gone_round(tmp_path, monkeypatch, gone_round, newest):
-    """What a killed run has overwritten is never sampled by the one that goes on, from either checkpoint."""
+def check_samples(patch):
+    """Fails where a sample is not what was played last at its rows. Returns the number of samples drawn, in a list."""
+    images, drawn, add, sample = {}, [], drqv2_pisco.Replay.add, drqv2_pisco.Replay.sample
+
+    def spy_add(self, frame, action=0.0, reward=0.0, terminated=False):
+        images[self.head] = frame.copy(), np.float32(reward), self.start
+        add(self, frame, action, reward, terminated)
+
+    def spy_sample(self, args, device):
+        before = self.generator.bit_generator.state
+        rows, first = self.sample_rows(args.batch_size, args.nstep)
+        self.generator.bit_generator.state = before
+        batch = sample(self, args, device)
+        for i, (row, start) in enumerate(zip(rows, first)):
+            assert {images[row + k][2] for k in range(args.nstep + 1)} == {start} and start < self.start
+            for obs, newest in ((batch[0], row), (batch[4], row + args.nstep)):
+                np.testing.assert_array_equal(obs[i], stack_of(images, newest, start))
+            drawn.append(row)
+        return batch
+
+    patch.setattr(drqv2_pisco.Replay, "add", spy_add)
+    patch.setattr(drqv2_pisco.Replay, "sample", spy_sample)
+    return drawn
+
+
+@pytest.mark.parametrize("nth", [31, 44, 58])
+def test_killed_run_whose_ring_has_gone_round(tmp_path, monkeypatch, nth):
+    """260 steps in a ring of 70 rows: every batch before the kill and after it is what was played, up to the end."""
+    flags = "--total-frames 520 --replay-size 70 --eval-interval 0 --ssl none --checkpoint-interval 120"
+    drawn = check_samples(monkeypatch)
     with monkeypatch.context() as patch:
-        kill_at(patch, drqv2_pisco, "update", 114)  # in step 472; the checkpoints are of steps 420 and 360
-        folder = train_until_killed(tmp_path, GONE_ROUND)
-    if not newest:
-        (folder / "checkpoint.pt").write_bytes(b"damaged")
-    assert_same_end(resume(folder), gone_round)
+        kill_at(patch, drqv2_pisco, "update", nth)
+        folder = train_until_killed(tmp_path, flags)
+    before = len(drawn)
+    rows = metrics(resume(folder))
+    assert rows[-1]["global_step"] == "520" and (folder / "model.safetensors").exists()
+    assert before and max(drawn[before:]) > 200  # it has sampled up to the end
+    # Whole episodes only: three of 20 steps and their first images fit into 70 rows, less what is being played
+    assert max(float(row["charts/replay_steps"] or 0) for row in rows) <= 60
 
 
 def test_finished_run_is_left_as_it_is(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     assert_same_end(resume(tmp_path / "copy"), finished)
+    assert not (tmp_path / "copy" / "replay.bin").exists()
 
 
 def test_kill_9_and_resume_in_processes_of_their_own(tmp_path, finished):
-    code = "import sys, pytest; from drqv2_common import *; shorten_episodes(pytest.MonkeyPatch()); "
-    code += "sys.exit(drqv2_pisco.main(sys.argv[1:]))"
+    code = "import sys, pytest; from drqv2_common import *; use(pytest.MonkeyPatch()); "
+    code += "drqv2_pisco.train(drqv2_pisco.parse_args())"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    argv = [sys.executable, "-c", code, *command(tmp_path)]
-    process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command(tmp_path)], env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
     while not list(tmp_path.glob("*/checkpoint.pt")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -345,26 +651,51 @@ def test_kill_9_and_resume_in_processes_of_their_own(tmp_path, finished):
     assert_same_end(folder, finished)
 
 
-def test_ctrl_c_names_the_command_to_go_on_with(tmp_path, monkeypatch, capsys, finished):
-    real, calls = drqv2_pisco.update, []
+# --- One's own environment -------------------------------------------------------------------------------------------
+class Silent(TinyControl):
+    """One that Gymnasium users have: no state to be asked for, grey images that are wider than high, actions to 3, and
+    rewards that are NumPy's numbers."""
 
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 12:
-            raise KeyboardInterrupt
-        return real(*args)
+    seen = []
 
+    def __init__(self):
+        super().__init__(shape=(1, 30, 44), high=3.0)
+
+    def step(self, action):
+        self.seen.append(np.abs(action).max())
+        image, reward, *rest = super().step(action)
+        return image, np.float32(reward), *rest
+
+
+def test_own_environment_trains_evaluates_and_resumes(tmp_path, monkeypatch):
+    use(monkeypatch, lambda args: gym.wrappers.RescaleAction(Silent(), -1.0, 1.0))
+    Silent.seen.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(drqv2_pisco, "update", interrupted)
-        assert drqv2_pisco.main(command(tmp_path)) == 130
-    (folder,) = tmp_path.glob("*")
-    assert f"python drqv2_pisco.py --resume {folder}" in capsys.readouterr().err
-    assert_same_end(resume(folder), finished)
+        kill_at(patch, drqv2_pisco, "update", 20)
+        folder = train_until_killed(tmp_path, "--capture-video")
+    assert drqv2_pisco.load_checkpoint(folder, "cpu")["env"] is None
+    rows = metrics(resume(folder))
+    assert rows[-1]["global_step"] == "240" and [row["eval/greedy_return"] != "" for row in rows].count(True) == 3
+    assert 1.5 < max(Silent.seen) <= 3.0  # scaled from -1..1
+    assert encoder_file(folder / "encoder.safetensors")[1]["observation_shape"] == "[3, 30, 44]"
+    assert Image.open(folder / "evaluation_240.gif").size == (88, 60)
+
+
+def test_own_environment_with_a_state_resumes_to_the_same_end(tmp_path, monkeypatch):
+    """As make_env asks for it: inside of a RescaleAction."""
+    use(monkeypatch, lambda args: gym.wrappers.RescaleAction(TinyResumable(high=3.0), -1.0, 1.0))
+    whole = train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at(patch, drqv2_pisco, "update", 20)
+        folder = train_until_killed(tmp_path / "killed")
+    assert_same_end(resume(folder), whole)
 
 
 # --- Compiled --------------------------------------------------------------------------------------------------------
 def test_compile_compiles_both_losses(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function.__name__) or function)
+    train(tmp_path, "--total-frames 80")
+    assert not compiled
     train(tmp_path, "--compile --total-frames 80")
-    assert compiled == ["critic_ssl_loss", "actor_loss"]
+    assert set(compiled) == {"critic_ssl_loss", "actor_loss"}

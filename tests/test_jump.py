@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from ppo_pisco import JUMP_GRID, JUMP_TASK_SETS, Args, JumpVectorEnv, UsageError, parse_jump_tasks
+
+from ppo_pisco import JUMP_GRID, JUMP_TASK_SETS, Args, ImageEnvs, JumpVectorEnv, parse_jump_tasks
 
 RIGHT, JUMP = 0, 1
 
@@ -207,13 +208,25 @@ def test_same_seed_same_stream():
 
 @pytest.mark.parametrize("after", [0, 3, 20, 37])
 def test_state_goes_through_json_and_continues_bitwise(after):
-    env, other = JumpVectorEnv(8), JumpVectorEnv(8)
-    env.reset(seed=1)
-    other.reset(seed=2)
-    stream(env, after)
-    obs = other.set_state(json.loads(json.dumps(env.get_state())))
-    np.testing.assert_array_equal(obs, env.set_state(env.get_state()))
-    for a, b in zip(stream(env, 80), stream(other, 80)):
+    """With the copies' statistics, from which a resumed run logs its episodes."""
+
+    def play(envs, steps):
+        rng, seen = np.random.default_rng(5), []
+        for _ in range(steps):
+            seen += [part.copy() for part in envs.step(rng.integers(2, size=8))]
+            seen += [np.array([*episode.values()]) for episode in envs.episodes] + [envs.was_done.copy()]
+        return seen
+
+    envs, other = ImageEnvs(Args(jump_tasks="grid"), 8), ImageEnvs(Args(jump_tasks="grid", seed=2), 8)
+    envs.reset()
+    other.reset()
+    play(envs, after)
+    play(other, 11)
+    obs = other.set_state(json.loads(json.dumps(envs.get_state())))
+    np.testing.assert_array_equal(obs[:, 0], envs.envs.observe()[:, 0])
+    ahead, resumed = play(envs, 80), play(other, 80)
+    assert len(ahead) == len(resumed) > 80 * 5
+    for a, b in zip(ahead, resumed):
         np.testing.assert_array_equal(a, b)
 
 
@@ -237,6 +250,7 @@ def test_parse_jump_tasks():
     assert parse_jump_tasks("20:10,30:20,20:10") == [(20, 10), (30, 20)]
     assert parse_jump_tasks("14:0,47:40") == [(14, 0), (47, 40)]
     assert parse_jump_tasks(Args().jump_tasks) == JUMP_TASK_SETS["target"]
-    for wrong in ("13:10", "48:10", "20:41", "20", "20:10,", "", "a:b"):
-        with pytest.raises(UsageError):
+    for wrong in ("13:10", "48:10", "20:41", "20:-1", "20", "20:10,", "20:10;30:20", "", "nowhere"):
+        with pytest.raises(SystemExit) as stop:
             parse_jump_tasks(wrong)
+        assert stop.value.code.startswith(f"--jump-tasks {wrong}: ") and "\n" not in stop.value.code

@@ -1,17 +1,32 @@
 """The pure functions of ppo_pisco.py against numbers worked out by hand, and where gradients flow."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from ppo_pisco import (
-    Agent, Args, Encoder, Rollout, augment, collect_rollout, compute_gae, info_nce_loss, minibatch_loss, pisco_loss,
-    ppo_loss, random_noise, random_shift, simsiam_loss, ssl_loss, update,
-)  # fmt: skip
 from torch import nn
 
 import ppo_pisco
+from ppo_pisco import (
+    Agent,
+    Args,
+    Encoder,
+    ImageEnvs,
+    augment,
+    collect_rollout,
+    compute_gae,
+    info_nce_loss,
+    minibatch_loss,
+    pisco_loss,
+    ppo_loss,
+    random_noise,
+    random_shift,
+    simsiam_loss,
+    ssl_loss,
+    update,
+)  # fmt: skip
 
 # Probabilities (1/2, 1/2), (3/4, 1/4), (1/5, 4/5), (2/3, 1/3) and (1/2, 1/2) again.
 HALF, THREE_QUARTERS, FIFTH, TWO_THIRDS = [0.0, 0.0], [math.log(3), 0.0], [0.0, math.log(4)], [math.log(2), 0.0]
@@ -65,17 +80,28 @@ def test_info_nce_value():
 
 
 # --- Gradients through an agent --------------------------------------------------------------------------------------
+def tiny_encoder(freeze=0, shape=(1, 60, 60), **kwargs):
+    encoder = Encoder(Args(feature_dim=8, **kwargs), shape)
+    encoder.freeze(freeze)
+    return encoder
+
+
 def tiny_agent(ssl, freeze=0, **kwargs):
     torch.manual_seed(0)
-    agent = Agent(Args(ssl=ssl, feature_dim=8, projector_dim=8, **kwargs), (1, 60, 60), 2)
+    args = Args(ssl=ssl, feature_dim=8, projector_dim=8, **kwargs)
+    agent = Agent(args, tiny_encoder(freeze, **kwargs), (1, 60, 60), 2)
     nn.init.normal_(agent.actor.weight)  # a policy that differs from view to view
-    agent.encoder.freeze(freeze)
     return agent
 
 
+def random_images(count, shape=(1, 60, 60)):
+    return torch.randint(0, 256, (count, *shape), dtype=torch.uint8)
+
+
 def two_views(agent, count=5):
-    views = torch.randint(0, 256, (2 * count, 1, 60, 60), dtype=torch.uint8)
-    return views, *agent.encoder(views).chunk(2)
+    """The views' output of the frozen layers (2B, ...), and their features (B, D) each."""
+    hidden = agent.encoder.frozen_prefix(random_images(2 * count))
+    return hidden, *agent.encoder.trained_suffix(hidden).chunk(2)
 
 
 def has_gradient(module):
@@ -100,8 +126,8 @@ def test_gradient_reaches_what_it_must(ssl):
 
 def test_actor_learns_through_p_alone():
     agent = tiny_agent("pisco")
-    views, z1, z2 = two_views(agent)
-    ssl_loss(agent, views, z1, z2, "pisco")[0].backward()
+    hidden, z1, z2 = two_views(agent)
+    ssl_loss(agent, hidden, z1, z2, "pisco")[0].backward()
     with torch.no_grad():  # d loss / dW = 1/2 mean [ (pi(p2) - pi(z1))^T p2 + (pi(p1) - pi(z2))^T p1 ]
         p1, p2 = agent.projector(z1), agent.projector(z2)
         pi_z1, pi_z2, pi_p1, pi_p2 = (agent.actor(x).softmax(-1) for x in (z1, z2, p1, p2))
@@ -123,29 +149,31 @@ def test_consistency_is_pisco_without_projector():
 
 def test_curl_pairs_each_projected_query_with_its_key():
     agent = tiny_agent("curl")
-    views, z1, z2 = two_views(agent)
-    loss, _ = ssl_loss(agent, views, z1, z2, "curl")
-    k1, k2 = agent.key_encoder(views).chunk(2)
+    images = random_images(10)
+    z1, z2 = agent.encoder(images).chunk(2)
+    loss, _ = ssl_loss(agent, agent.encoder.frozen_prefix(images), z1, z2, "curl")
+    k1, k2 = agent.key_encoder(images).chunk(2)
     q1, q2 = z1 @ agent.projector.weight.T, z2 @ agent.projector.weight.T
     torch.testing.assert_close(loss, (info_nce_loss(q1, k2) + info_nce_loss(q2, k1)) / 2)
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("architecture", ["nature", "impala"])
-def test_encoder_takes_bytes_as_zero_to_one(architecture):
-    encoder = Encoder(architecture, (3, 60, 60), 8)
+@pytest.mark.parametrize("architecture, layers", [("nature", 4), ("impala", 10)])
+def test_encoder_takes_bytes_as_zero_to_one(architecture, layers):
+    encoder = tiny_encoder(shape=(3, 60, 60), encoder=architecture)
     white = torch.full((2, 3, 60, 60), 255, dtype=torch.uint8)
     output = encoder(white)
-    assert output.shape == (2, 8) and (output >= 0).all()
+    assert output.shape == (2, 8) and (output >= 0).all() and len(encoder.layers) == layers
     torch.testing.assert_close(output, nn.Sequential(*encoder.layers)(torch.ones(2, 3, 60, 60)))
     assert (white == 255).all()
 
 
 def test_jump_prior_is_the_untrained_probability_of_jumping():
     zero = torch.zeros(1, 8)
-    jump = Agent(Args(jump_prior=0.1, feature_dim=8), (1, 60, 60), 2)
+    jump = tiny_agent("pisco", jump_prior=0.1)
     torch.testing.assert_close(jump.actor(zero).softmax(-1), torch.tensor([[0.9, 0.1]]))
-    other = Agent(Args(jump_prior=0.1, feature_dim=8, env_id="Pong-v5"), (4, 84, 84), 6)
+    args = Args(jump_prior=0.1, feature_dim=8, env_id="Pong-v5")
+    other = Agent(args, tiny_encoder(shape=(4, 84, 84)), (4, 84, 84), 6)
     torch.testing.assert_close(other.actor(zero).softmax(-1), torch.full((1, 6), 1 / 6))
 
 
@@ -153,10 +181,10 @@ def test_jump_prior_is_the_untrained_probability_of_jumping():
 @pytest.mark.parametrize("architecture", ["nature", "impala"])
 def test_bf16_rounds_inside_the_encoder_alone(architecture, count):
     torch.manual_seed(0)
-    encoder = Encoder(architecture, (1, 60, 60), 8).freeze(count)
-    rounded = Encoder(architecture, (1, 60, 60), 8, bf16=True).freeze(count)
+    encoder = tiny_encoder(count, encoder=architecture)
+    rounded = tiny_encoder(count, encoder=architecture, bf16=True)
     rounded.load_state_dict(encoder.state_dict())
-    images, inside = torch.randint(0, 256, (300, 1, 60, 60), dtype=torch.uint8), []
+    images, inside = random_images(300), []
     for layer in rounded.layers:
         layer.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     z, z_rounded = encoder(images), rounded(images)
@@ -165,43 +193,150 @@ def test_bf16_rounds_inside_the_encoder_alone(architecture, count):
     assert set(inside) == {torch.bfloat16} and z_rounded.dtype == torch.float32
     # bfloat16 has eight significant bits: a rounding is off by 2**-9 at most
     assert 0 < (z - z_rounded).norm() / z.norm() < 0.02
-    for one, other in zip(encoder.layers[count:].parameters(), rounded.layers[count:].parameters()):
-        assert other.grad.dtype == torch.float32 and 0 < (one.grad - other.grad).norm() / one.grad.norm() < 0.05
+    for exact, coarse in zip(encoder.layers[count:].parameters(), rounded.layers[count:].parameters()):
+        assert coarse.grad.dtype == torch.float32
+        assert 0 < (exact.grad - coarse.grad).norm() / exact.grad.norm() < 0.05
     assert all(p.grad is None for p in rounded.layers[:count].parameters())
 
 
 # --- Freezing --------------------------------------------------------------------------------------------------------
 def test_frozen_layers_build_no_graph():
-    encoder = Encoder("nature", (1, 60, 60), 8)
-    images, inputs = torch.randint(0, 256, (2, 1, 60, 60), dtype=torch.uint8), []
-    for layer in encoder.layers:
-        layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].requires_grad))
-    for count, expected in ((0, [0, 1, 1, 1]), (2, [0, 0, 0, 1]), (4, [0, 0, 0, 0])):
+    images, inputs = random_images(2), []
+    for count, expected in ((0, [0, 1, 1, 1]), (2, [0, 0, 0, 1]), ("all", [0, 0, 0, 0])):
+        encoder = tiny_encoder(count)
+        for layer in encoder.layers:
+            layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].requires_grad))
         inputs.clear()
-        output = encoder.freeze(count)(images)
-        assert inputs == [bool(flag) for flag in expected]
-        assert output.requires_grad == (count < 4)
-        assert [p.requires_grad for p in encoder.parameters()] == [False] * 2 * count + [True] * 2 * (4 - count)
+        output = encoder(images)
+        frozen = 4 if count == "all" else count
+        assert inputs == [bool(flag) for flag in expected] and encoder.frozen == frozen
+        assert output.requires_grad == (frozen < 4)
+        assert [p.requires_grad for p in encoder.parameters()] == [False] * 2 * frozen + [True] * 2 * (4 - frozen)
 
 
-def test_frozen_encoder_takes_large_batches_in_pieces():
+def test_frozen_layers_take_large_batches_in_pieces():
     torch.manual_seed(0)
-    encoder = Encoder("nature", (1, 60, 60), 8).freeze(2)
-    images = torch.randint(0, 256, (600, 1, 60, 60), dtype=torch.uint8)
-    torch.testing.assert_close(encoder(images), torch.cat([encoder(piece) for piece in images.split(100)]))
+    encoder, sizes = tiny_encoder(2), []
+    encoder.layers[0].register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    images = random_images(600)
+    whole = encoder(images)
+    assert sizes == [256, 256, 88]  # what stays in a CPU's cache
+    torch.testing.assert_close(whole, torch.cat([encoder(piece) for piece in images.split(100)]))
 
 
 def test_frozen_layers_stay_in_eval_mode():
-    encoder = Encoder("nature", (1, 60, 60), 8)
+    encoder = tiny_encoder()
     frozen_norm, moving_norm = nn.BatchNorm2d(32), nn.BatchNorm2d(64)
     encoder.layers[0].append(frozen_norm).append(nn.Dropout(0.5))
     encoder.layers[2].append(moving_norm)
-    images = torch.randint(0, 256, (4, 1, 60, 60), dtype=torch.uint8)
-    for make_ready in (lambda: encoder.freeze(2), lambda: encoder.eval().train()):
-        make_ready()
-        torch.testing.assert_close(encoder(images), encoder(images), rtol=0, atol=0)  # no dropout
-        assert not frozen_norm.running_mean.any() and moving_norm.running_mean.any()
-        assert encoder.layers[2].training and not encoder.layers[0].training
+    encoder.freeze(2)
+    images = random_images(4)
+    torch.testing.assert_close(encoder(images), encoder(images), rtol=0, atol=0)  # no dropout
+    assert not frozen_norm.running_mean.any() and moving_norm.running_mean.any()
+    assert encoder.layers[2].training and not encoder.layers[0].training
+
+
+# --- What the frozen layers have computed once -----------------------------------------------------------------------
+def loss_and_gradients(agent, obs, hidden, args):
+    torch.manual_seed(3)  # the same views
+    columns = [torch.randint(0, 2, (len(obs),)), *torch.randn(4, len(obs))]
+    agent.zero_grad()
+    loss, _ = minibatch_loss(agent, obs, hidden, *columns, args)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("count", [0, 2, "all"])
+@pytest.mark.parametrize("architecture", ["nature", "impala"])
+def test_loss_from_stored_activations_is_that_of_the_images(architecture, count, bf16):
+    obs = random_images(6)
+    for ssl in ("pisco", "curl", "none"):
+        agent = tiny_agent(ssl, count, encoder=architecture, bf16=bf16)
+        args = Args(ssl=ssl, norm_adv=False, ent_coef=0.1)
+        hidden = agent.encoder.frozen_prefix(obs)
+        assert hidden.dtype == (torch.bfloat16 if bf16 and count else torch.float32) and not hidden.requires_grad
+        (loss, gradients), (expected, wanted) = (
+            loss_and_gradients(agent, obs, start, args) for start in (hidden, None)
+        )
+        torch.testing.assert_close(loss, expected, rtol=0.01 if bf16 else 1e-5, atol=1e-6)
+        assert gradients.keys() == wanted.keys() and "actor.weight" in gradients
+        for name, gradient in gradients.items():
+            assert (gradient - wanted[name]).norm() <= (0.02 if bf16 else 1e-4) * wanted[name].norm(), name
+            assert gradient.any()
+        reached = any(name.startswith("encoder.") for name in gradients)
+        assert reached == (count != "all")
+
+
+@pytest.mark.parametrize("count, bf16, shape", [(2, False, (6, 6, 64)), (2, True, (6, 6, 64)), ("all", True, (8,))])
+def test_frozen_layers_see_each_observation_once(monkeypatch, count, bf16, shape):
+    """The rollout stores what they made of it, and every epoch starts from there: only the views go through them."""
+    agent = tiny_agent("curl", count, bf16=bf16)
+    args = Args(ssl="curl", num_envs=3, num_steps=8, num_minibatches=2, update_epochs=2, jump_tasks="14:5")
+    envs, passes, minibatches = ImageEnvs(args, 3), [], []
+    real_prefix, real_loss = Encoder.frozen_prefix, minibatch_loss
+
+    def spy_on_prefix(encoder, obs):
+        passes.append((encoder is agent.encoder, len(obs)))
+        return real_prefix(encoder, obs)
+
+    def spy_on_loss(agent, obs, hidden, *columns_and_args):
+        minibatches.append((obs, hidden))
+        return real_loss(agent, obs, hidden, *columns_and_args)
+
+    monkeypatch.setattr(Encoder, "frozen_prefix", spy_on_prefix)
+    monkeypatch.setattr(ppo_pisco, "minibatch_loss", spy_on_loss)
+    rollout, _, next_value, _ = collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)
+    assert passes == [(True, 3)] * 9  # eight steps, and the observation after them
+    assert rollout.hidden.shape == (8, 3, *shape)
+    assert rollout.hidden.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    passes.clear()
+    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad])
+    update(agent, optimizer, rollout, next_value, args)
+    assert passes == [(True, 2 * 6)] * 4  # two views of half of the 12 rows; curl's keys start from the same
+    assert len(minibatches) == 4
+    for obs, hidden in minibatches:  # each image with its own
+        expected = real_prefix(agent.encoder, obs)
+        torch.testing.assert_close(hidden, expected, rtol=0.02 if bf16 else 1e-4, atol=0.02 if bf16 else 1e-5)
+        assert hidden.dtype == expected.dtype and hidden.std() > 0
+
+
+def test_nothing_is_stored_where_nothing_is_frozen(monkeypatch):
+    agent, rows = tiny_agent("pisco"), []
+    args = Args(num_envs=3, num_steps=8, num_minibatches=2, update_epochs=1)
+    envs, real_prefix = ImageEnvs(args, 3), Encoder.frozen_prefix
+    rollout, _, next_value, _ = collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)
+    assert not hasattr(rollout, "hidden")
+    monkeypatch.setattr(Encoder, "frozen_prefix", lambda self, obs: rows.append(len(obs)) or real_prefix(self, obs))
+    update(agent, torch.optim.Adam(agent.parameters()), rollout, next_value, args)
+    assert rows == [12 + 2 * 6] * 2
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_curl_keys_from_the_shared_layers_are_those_of_the_images(monkeypatch, count):
+    agent, views, keys = tiny_agent("curl", count), [], []
+    with torch.no_grad():  # the key encoder lags behind in the layers that are trained
+        for p in agent.key_encoder.layers[count:].parameters():
+            p.add_(0.05 * torch.randn_like(p))
+
+    def spy_on_augment(images, args):
+        views.append(augment(images, args))
+        return views[-1]
+
+    def spy_on_nce(queries, key):
+        keys.append(key)
+        return info_nce_loss(queries, key)
+
+    monkeypatch.setattr(ppo_pisco, "augment", spy_on_augment)
+    monkeypatch.setattr(ppo_pisco, "info_nce_loss", spy_on_nce)
+    obs = random_images(6)
+    loss_and_gradients(agent, obs, agent.encoder.frozen_prefix(obs) if count else None, Args(ssl="curl"))
+    one, two = views
+    assert not torch.equal(one, two)
+    torch.testing.assert_close(keys[1], agent.key_encoder(one))
+    torch.testing.assert_close(keys[0], agent.key_encoder(two))
+    assert not torch.allclose(keys[0], agent.encoder(two))
+    assert not keys[0].requires_grad
 
 
 # --- GAE -------------------------------------------------------------------------------------------------------------
@@ -266,12 +401,12 @@ def test_ppo_loss_options():
 
 def test_minibatch_loss_adds_the_weighted_ssl_loss():
     agent = tiny_agent("pisco")
-    obs = torch.randint(0, 256, (6, 1, 60, 60), dtype=torch.uint8)
+    obs = random_images(6)
     columns = [torch.randint(0, 2, (6,)), *torch.randn(4, 6)]
 
     def loss(**changes):
         torch.manual_seed(3)  # the same views
-        return minibatch_loss(agent, obs, *columns, Args(**changes))
+        return minibatch_loss(agent, obs, None, *columns, Args(**changes))
 
     (with_ssl, stats), (without, plain) = loss(ssl_coef=0.5), loss(ssl="none")
     torch.testing.assert_close(with_ssl, without + 0.5 * stats["pisco"])
@@ -286,16 +421,13 @@ def test_minibatch_loss_adds_the_weighted_ssl_loss():
 def test_ssl_loss_sees_its_share_of_the_minibatch(monkeypatch, ssl, fraction, rows):
     agent, seen = tiny_agent(ssl), []  # 7 rows: half of them is 3.5, rounded up; 0.3 * 7 = 2.1
 
-    def spy(agent, views, z1, z2, kind):
-        seen.append((len(views), len(z1), len(z2)))
-        torch.testing.assert_close(torch.cat([z1, z2]), agent.encoder(views))
-        return ssl_loss(agent, views, z1, z2, kind)
+    def spy(agent, hidden, z1, z2, kind):
+        seen.append((len(hidden), len(z1), len(z2)))
+        torch.testing.assert_close(torch.cat([z1, z2]), agent.encoder.trained_suffix(hidden))
+        return ssl_loss(agent, hidden, z1, z2, kind)
 
     monkeypatch.setattr(ppo_pisco, "ssl_loss", spy)
-    obs = torch.randint(0, 256, (7, 1, 60, 60), dtype=torch.uint8)
-    minibatch_loss(
-        agent, obs, torch.zeros(7, dtype=torch.int64), *torch.randn(4, 7), Args(ssl=ssl, ssl_fraction=fraction)
-    )
+    loss_and_gradients(agent, random_images(7), None, Args(ssl=ssl, ssl_fraction=fraction))
     assert seen == [(2 * rows, rows, rows)]
 
 
@@ -336,7 +468,7 @@ def test_random_noise():
 def test_augment_draws_the_kind_asked_for(kind, keeps_values):
     torch.manual_seed(0)
     images = torch.randint(1, 256, (64, 1, 12, 12), dtype=torch.uint8)
-    one, two = augment(images, kind, 3), augment(images, kind, 3)
+    one, two = (augment(images, Args(augmentation=kind, shift_pixels=3)) for _ in range(2))
     assert one.dtype == torch.uint8 and one.shape == images.shape
     assert not torch.equal(one, images) and not torch.equal(one, two)
     known = all(set(a.unique().tolist()) <= set(b.unique().tolist()) for a, b in zip(one, images))
@@ -345,70 +477,95 @@ def test_augment_draws_the_kind_asked_for(kind, keeps_values):
 
 # --- Rollout and update ----------------------------------------------------------------------------------------------
 def marked_rollout():
-    """Six steps of two copies; every image is full of its row's number, and rows 3 and 8 are resets."""
-    rollout = Rollout.empty(6, 2, (1, 60, 60), torch.device("cpu"))
-    rollout.obs[:] = torch.arange(12, dtype=torch.uint8).view(6, 2, 1, 1, 1)
-    rollout.values[:], rollout.rewards[:] = torch.randn(6, 2), torch.randn(6, 2)
-    rollout.valid[:] = True
-    rollout.valid.view(-1)[[3, 8]] = False
-    return rollout
+    """Six steps of two copies; the row's number fills every image and column, and rows 3 and 8 are resets."""
+    number = torch.arange(12).view(6, 2)
+    valid = torch.ones(6, 2, dtype=torch.bool)
+    valid.view(-1)[[3, 8]] = False
+    return SimpleNamespace(
+        obs=number.to(torch.uint8)[..., None, None, None].expand(6, 2, 60, 60, 1).contiguous(), actions=number,
+        logprobs=number.float(), values=number.float(), rewards=torch.randn(6, 2), valid=valid,
+        terminated=torch.zeros(6, 2, dtype=torch.bool), truncated=torch.zeros(6, 2, dtype=torch.bool),
+    )  # fmt: skip
 
 
-def run_update(agent, rollout, **changes):
+def run_update(monkeypatch, agent, rollout, **changes):
     """Calls update with a loss that only records its rows and reports the call's number as its statistics."""
-    seen = []
+    args, seen = Args(ssl="none", num_minibatches=2, update_epochs=3, **changes), []
+    advantages, returns = compute_gae(
+        rollout.rewards, rollout.values, torch.zeros(2), rollout.terminated, rollout.truncated, args.gamma,
+        args.gae_lambda,
+    )  # fmt: skip
 
-    def loss_function(agent, obs, *columns_and_args):
-        seen.append(obs[:, 0, 0, 0].tolist())
+    def record(agent, obs, hidden, actions, logprobs, mb_advantages, mb_returns, values, args):
+        assert obs.shape[1:] == (1, 60, 60) and (obs == obs[:, :1, :1, :1]).all()
+        rows = obs[:, 0, 0, 0].long()
+        assert all(torch.equal(column.long(), rows) for column in (actions, logprobs, values))
+        assert torch.equal(mb_advantages, advantages.flatten()[rows])
+        assert torch.equal(mb_returns, returns.flatten()[rows])
+        seen.append(rows.tolist())
         number = torch.tensor(float(len(seen)))
         return agent.actor.weight.sum(), {"approx_kl": number, "policy_loss": number}
 
-    args = Args(ssl="none", num_minibatches=2, update_epochs=3, **changes)
+    monkeypatch.setattr(ppo_pisco, "minibatch_loss", record)
     optimizer = torch.optim.SGD([p for p in agent.parameters() if p.requires_grad], lr=1.0)
-    return seen, update(agent, optimizer, rollout, torch.zeros(2), args, loss_function)
+    return seen, update(agent, optimizer, rollout, torch.zeros(2), args)
 
 
-def test_update_trains_every_valid_row_and_no_other():
-    agent = tiny_agent("none", freeze=2)
+def test_update_trains_every_valid_row_and_no_other(monkeypatch):
+    agent, rollout = tiny_agent("none"), marked_rollout()
     before = agent.actor.weight.detach().clone()
-    seen, means = run_update(agent, marked_rollout(), max_grad_norm=0.5)
-    assert [len(rows) for rows in seen] == [6] * 6  # 3 epochs x 2 minibatches of 6 rows
+    seen, means = run_update(monkeypatch, agent, rollout, max_grad_norm=0.5)
+    assert [len(rows) for rows in seen] == [6] * 6  # 3 epochs x 2 minibatches, all of one size
     for epoch in range(3):
-        assert set(seen[2 * epoch] + seen[2 * epoch + 1]) == set(range(12)) - {3, 8}
+        rows = seen[2 * epoch] + seen[2 * epoch + 1]
+        assert set(rows) == set(range(12)) - {3, 8}  # two of them twice, in place of the two left out
     assert means["policy_loss"] == 3.5  # the mean of 1..6, not the last one
-    assert means["grad_norm_frozen"] == 0.0
     assert means["grad_norm_trained"] == pytest.approx(4.0)  # 16 ones: the norm before clipping
     # Clipped to norm 0.5, each of the 16 is 0.125; six steps of learning rate 1 take 0.75.
     torch.testing.assert_close(before - agent.actor.weight.detach(), torch.full((2, 8), 0.75))
     assert seen[0] != seen[2]  # another order in each epoch
+    _, returns = compute_gae(
+        rollout.rewards, rollout.values, torch.zeros(2), rollout.terminated, rollout.truncated, 0.99, 0.95
+    )
+    y, error = (x.flatten()[rollout.valid.flatten()].numpy() for x in (returns, returns - rollout.values))
+    assert means["explained_variance"] == pytest.approx(1 - error.var() / y.var(), abs=1e-5)
 
 
-def test_target_kl_ends_the_epochs():
+def test_update_of_a_rollout_that_is_nearly_all_resets(monkeypatch):
+    rollout = marked_rollout()
+    rollout.valid[:] = False
+    rollout.valid[2, 1] = True
+    seen, _ = run_update(monkeypatch, tiny_agent("none"), rollout)
+    assert seen == [[5] * 6] * 6
+
+
+def test_target_kl_ends_the_epochs(monkeypatch):
     agent = tiny_agent("none")
     before = agent.actor.weight.detach().clone()
-    seen, _ = run_update(agent, marked_rollout(), target_kl=3.5, max_grad_norm=1e9)
+    seen, _ = run_update(monkeypatch, agent, marked_rollout(), target_kl=3.5, max_grad_norm=1e9)
     assert len(seen) == 4  # the second epoch ends above 3.5, so there is no third
     # Four steps of gradient 1: nothing is carried over from one minibatch to the next.
     torch.testing.assert_close(before - agent.actor.weight.detach(), torch.full((2, 8), 4.0))
 
 
-def test_collect_rollout_records_what_the_agent_saw_and_did():
+@pytest.mark.parametrize("count", [0, 2])
+def test_collect_rollout_records_what_the_agent_saw_and_did(count):
     args = Args(num_steps=40, num_envs=3, ssl="none", jump_tasks="20:10", reward_scale=0.5, jump_prior=0.5)
-    agent = tiny_agent("none")
-    envs = ppo_pisco.ImageEnvs(args, 3, seed=1)
-    rollout = Rollout.empty(40, 3, envs.obs_shape, torch.device("cpu"))
+    agent, envs = tiny_agent("none", count), ImageEnvs(args, 3)
     torch.manual_seed(0)
     first = torch.from_numpy(envs.reset())
-    next_obs, next_value, episodes = collect_rollout(agent, envs, rollout, first, args)
+    rollout, next_obs, next_value, episodes = collect_rollout(agent, envs, first, args)
+    assert rollout.obs.shape == (40, 3, 60, 60, 1) and rollout.obs.dtype == torch.uint8
     with torch.no_grad():
-        logits, values = agent(rollout.obs.flatten(0, 1))
+        logits, values = agent(rollout.obs.flatten(0, 1).movedim(-1, 1))
         torch.testing.assert_close(rollout.values.flatten(), values)
         expected = logits.log_softmax(-1).gather(1, rollout.actions.view(-1, 1)).squeeze(1)
         torch.testing.assert_close(rollout.logprobs.flatten(), expected)
         torch.testing.assert_close(next_value, agent(next_obs)[1])
-    assert torch.equal(rollout.obs[0], first) and 0 < rollout.actions.float().mean() < 1
+    assert torch.equal(rollout.obs[0].movedim(-1, 1), first) and 0 < rollout.actions.float().mean() < 1
     assert set(rollout.rewards.unique().tolist()) == {-0.5, 0.0, 0.5}  # collision, reset, a step; times 0.5
     # The row after a row that ended an episode is invalid, no other is; its reward is 0.
     done = rollout.terminated | rollout.truncated
     assert torch.equal(~rollout.valid[1:], done[:-1]) and rollout.valid[0].all()
     assert (rollout.rewards[~rollout.valid] == 0).all() and len(episodes) == done.sum() > 0
+    assert not any(column.requires_grad for column in vars(rollout).values())

@@ -1,0 +1,175 @@
+"""The edits that people make to the two files take few places and work: each is made to a copy, which then trains."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import drqv2_pisco
+import ppo_pisco
+
+OWN_ENVIRONMENT = '''
+import gymnasium as gym
+import numpy as np
+
+
+class Mine(gym.Env):
+    """Grey images of 40x44 pixels; five discrete actions from 1 on, or two continuous ones in 0..10."""
+
+    def __init__(self, continuous=False):
+        shape = (1, 40, 44) if continuous else (40, 44, 1)
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        self.action_space = gym.spaces.Box(0.0, 10.0, (2,)) if continuous else gym.spaces.Discrete(5, start=1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t += 1
+        return self.observation_space.sample(), 1.0, False, self.t == 10, {}
+'''
+PPO = "--num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 32 --jump-tasks 20:10"
+DRQV2 = (
+    "--env-id cartpole-balance --image-size 24 --render-quality fast --hidden-dim 16 --batch-size 8 --total-frames 60 "
+    "--seed-frames 20 --explore-steps 5 --eval-episodes 1 --eval-max-steps 20"
+)
+
+
+def train_edited(file, edits, flags, tmp_path, monkeypatch):
+    """Replaces each old text, which must stand in the file once, trains and returns the edited module, its run's folder
+    and the rows of metrics.csv."""
+    text = (ROOT / file).read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = tmp_path / f"edited_{file}"
+    path.write_text(text)
+    (tmp_path / "own_environment.py").write_text(OWN_ENVIRONMENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_environment", raising=False)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    if hasattr(module, "JUMP_GRID"):
+        monkeypatch.setattr(module, "JUMP_GRID", [(20, 10), (45, 20)])
+    else:  # short episodes, so that there is something to sample
+        real = module.DMCPixels.__init__
+
+        def short(self, *args, **kwargs):
+            real(self, *args, **kwargs)
+            self.env._step_limit = 20
+
+        monkeypatch.setattr(module.DMCPixels, "__init__", short)
+    common = f"--torch-threads 1 --no-cuda --runs-dir {tmp_path / 'runs'}"
+    folder = module.train(module.parse_args(f"{PPO if 'ppo' in file else DRQV2} {flags} {common}".split()))
+    with open(folder / "metrics.csv", newline="") as metrics:
+        return module, folder, list(csv.DictReader(metrics))
+
+
+def test_new_encoder_takes_three_places(tmp_path, monkeypatch):
+    layers = (
+        "def small_layers(channels):\n    return [nn.Sequential(nn.Conv2d(channels, 8, 9, stride=6), nn.GELU())]\n\n\n"
+    )
+    edits = [
+        ('encoder: Literal["nature", "impala"]', 'encoder: Literal["nature", "impala", "small"]'),
+        ("def impala_layers(channels):", f"{layers}def impala_layers(channels):"),
+        ('"impala": impala_layers}', '"impala": impala_layers, "small": small_layers}'),
+    ]
+    flags = "--encoder small --freeze-layers 1 --freeze-random --encoder-weights none"
+    _, folder, rows = train_edited("ppo_pisco.py", edits, flags, tmp_path, monkeypatch)
+    weights = ppo_pisco.safetensors.torch.load_file(folder / "encoder.safetensors")
+    assert weights["layers.0.0.weight"].shape == (8, 1, 9, 9) and rows[0]["losses/pisco"]
+
+
+LOSS = """def l2_loss(z1, z2, p1, p2):
+    return (z1.detach() - p2).square().mean() + (z2.detach() - p1).square().mean()
+
+
+"""
+BRANCH = """    elif kind == "l2":
+        loss = l2_loss(z1, z2, p1, p2)
+"""
+
+
+@pytest.mark.parametrize("file", ["ppo_pisco.py", "drqv2_pisco.py"])
+def test_new_loss_takes_four_places(tmp_path, monkeypatch, file):
+    edits = [
+        ('ssl: Literal["pisco", "simsiam",', 'ssl: Literal["pisco", "l2", "simsiam",'),
+        ('if args.ssl in ("pisco", "simsiam"):', 'if args.ssl in ("pisco", "l2", "simsiam"):'),
+        ("def info_nce_loss(", f"{LOSS}def info_nce_loss("),
+        ('    elif kind == "simsiam":', f'{BRANCH}    elif kind == "simsiam":'),
+    ]
+    _, _, rows = train_edited(file, edits, "--ssl l2 --encoder-weights none", tmp_path, monkeypatch)
+    assert float(rows[-1]["losses/l2"]) > 0
+
+
+def test_own_environment_with_ppo_takes_one_place(tmp_path, monkeypatch):
+    start = '    if args.env_id == "Jump-v0":\n        tasks ='
+    own = (
+        '    if args.env_id == "Mine":\n        from own_environment import Mine\n\n'
+        "        return gym.vector.SyncVectorEnv([Mine] * num_envs, autoreset_mode=NEXT_STEP)\n"
+    )
+    flags = "--env-id Mine --eval-episodes 1 --eval-interval 0"
+    module, folder, rows = train_edited("ppo_pisco.py", [(start, own + start)], flags, tmp_path, monkeypatch)
+    weights = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
+    assert weights["actor.weight"].shape[0] == 5 and rows[0]["eval/greedy_return"] == "10.0"
+    assert module.ImageEnvs(module.Args(env_id="Mine"), 2).obs_shape == (1, 40, 44)
+
+
+def test_own_environment_with_drqv2_takes_one_place(tmp_path, monkeypatch):
+    line = "    return DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)\n"
+    own = (
+        "    from own_environment import Mine\n\n"
+        "    return gym.wrappers.RescaleAction(Mine(continuous=True), -1.0, 1.0)\n"
+    )
+    _, folder, rows = train_edited("drqv2_pisco.py", [(line, own)], "--action-repeat 1", tmp_path, monkeypatch)
+    weights = ppo_pisco.safetensors.torch.load_file(folder / "encoder.safetensors")
+    assert weights["layers.0.0.weight"].shape == (32, 3, 3, 3)  # three grey images
+    assert rows[-1]["eval/greedy_return"] == "10.0" and rows[-1]["losses/pisco"]
+
+
+def test_direction_of_the_kl_takes_one_place(tmp_path, monkeypatch):
+    edits = [("return (p.exp() * (p - q)).sum(-1)", "return (q.exp() * (q - p)).sum(-1)")]
+    module, _, _ = train_edited("ppo_pisco.py", edits, "--encoder-weights none", tmp_path, monkeypatch)
+    a, b = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
+    torch.testing.assert_close(module.pisco_loss(a, a, b, b), ppo_pisco.categorical_kl(b, a).mean())
+    assert not torch.allclose(module.pisco_loss(a, a, b, b), ppo_pisco.pisco_loss(a, a, b, b))
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    [("ppo_pisco.py", '            row = {"global_step"'), ("drqv2_pisco.py", '        row = {"global_step"')],
+)
+def test_one_more_number_takes_one_place(tmp_path, monkeypatch, file, line):
+    _, folder, rows = train_edited(
+        file,
+        [(line, f'{line}: 0, "charts/answer": 42, "global_step"')],
+        "--encoder-weights none",
+        tmp_path,
+        monkeypatch,
+    )
+    assert rows[-1]["charts/answer"] == "42" and rows[-1]["global_step"] != "0"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert EventAccumulator(str(folder)).Reload().Scalars("charts/answer")[-1].value == 42
+
+
+@pytest.mark.parametrize("module, shape", [(ppo_pisco, (1, 60, 60)), (drqv2_pisco, (9, 24, 24))])
+def test_freezing_the_top_takes_one_place(tmp_path, monkeypatch, module, shape):
+    old = "        self.layers[: self.frozen].requires_grad_(False).eval()"
+    new = "        self.layers[len(self.layers) - self.frozen :].requires_grad_(False).eval()\n        self.frozen = 0"
+    encoder = module.Encoder(module.Args(), shape)
+    module.save_encoder(tmp_path / "start.safetensors", encoder)
+    flags = f"--encoder-weights {tmp_path}/start.safetensors --freeze-layers 1"
+    _, folder, _ = train_edited(Path(module.__file__).name, [(old, new)], flags, tmp_path, monkeypatch)
+    trained = ppo_pisco.safetensors.torch.load_file(folder / "encoder.safetensors")
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(trained[name], value) == name.startswith("layers.3."), name
