@@ -585,11 +585,13 @@ class Replay:
         return {"head": self.head, "episodes": self.episodes, "rng": self.generator.bit_generator.state}
 
     def set_state(self, state):
-        self.head = self.start = written = state["head"]
+        self.head = self.start = state["head"]
         self.generator.bit_generator.state = state["rng"]
-        while self.data["index"][written % self.rows] == written:  # by the killed run, after its checkpoint
-            written += 1
-        self.episodes = [episode for episode in state["episodes"] if episode[0] > written - self.rows]
+        # What was written after the checkpoint lies from head on, up to a row that is still of the round before.
+        end = max(self.head, self.rows)
+        while end < self.head + self.rows and self.data["index"][end % self.rows] != end - self.rows:
+            end += 1
+        self.episodes = [episode for episode in state["episodes"] if episode[0] >= end - self.rows]
 
 
 # --- Acting and update -----------------------------------------------------------------------------------------------
@@ -692,7 +694,7 @@ def play_episode(agent, env, args, device, seed, frames=None):
         if frames is not None and len(frames) < 1000:
             frames.append(frame[:, ::thin, ::thin].copy())
         frame, reward, terminated, truncated, _ = env.step(act(agent, obs, device))
-        obs, total = np.concatenate([obs[len(frame) :], frame]), total + reward
+        obs, total = np.concatenate([obs[len(frame) :], frame]), total + float(reward)
         if terminated or truncated:
             return total, length
     print(f"evaluation: an episode was cut off after {length} steps")
@@ -825,7 +827,7 @@ def train(args):
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         replay.set_state(state["replay"])
         if state["env"]:
-            env.set_state(state["env"])
+            env.unwrapped.set_state(state["env"])
         rows, seconds = state["rows"], state["seconds"]
 
     resume = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
@@ -869,7 +871,7 @@ def train(args):
             frame, reward, terminated, truncated, _ = env.step(action)
             replay.add(frame, action, reward, terminated)
             obs = np.concatenate([obs[channels:], frame])
-            step, episode_return, done = step + 1, episode_return + reward, terminated or truncated
+            step, episode_return, done = step + 1, episode_return + float(reward), terminated or truncated
             bar.update(args.action_repeat)
         seconds += time.perf_counter() - began
 
@@ -890,7 +892,7 @@ def train(args):
                 "step": step, "evaluation_due": evaluation_due, "rows": rows, "seconds": seconds,
                 "agent": agent.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
                 "actor_optimizer": actor_optimizer.state_dict(), "replay": replay.get_state(),
-                "env": env.get_state() if hasattr(env, "get_state") else None, "torch_rng": torch.get_rng_state(),
+                "env": getattr(env.unwrapped, "get_state", lambda: None)(), "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
             }  # fmt: skip
             buffer = io.BytesIO()

@@ -123,7 +123,7 @@ PROCGEN = {
     "encoder": "impala", "feature_dim": 256, "total_timesteps": 25_000_000, "learning_rate": 5e-4, "anneal_lr": False,
     "gamma": 0.999, "num_envs": 64, "num_steps": 256, "num_minibatches": 8, "update_epochs": 3, "clip_coef": 0.2,
 }  # fmt: skip
-DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Exploration)-v0", PROCGEN)]
+DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN)]
 
 
 def parse_args(argv=None):
@@ -272,7 +272,7 @@ def make_envs(args, num_envs, seeds, evaluation):
     try:
         return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": NEXT_STEP})
     except gym.error.UnregisteredEnv:
-        close = difflib.get_close_matches(args.env_id, ["Jump-v0", *envpool_ids, *gym.registry]) or ["Jump-v0"]
+        close = difflib.get_close_matches(args.env_id, {"Jump-v0", *envpool_ids, *gym.registry}) or ["Jump-v0"]
         hint = f"did you mean {', '.join(close)}, or drqv2_pisco.py --env-id {args.env_id.replace('_', '-')}?"
         raise SystemExit(f"--env-id {args.env_id}: unknown environment; {hint}") from None
 
@@ -747,7 +747,7 @@ def play_episodes(agent, envs, args, device, greedy, frames=None):
         if None not in episodes:
             return episodes
     print(f"evaluation: {episodes.count(None)} of {len(episodes)} episodes were cut off after {limit} steps")
-    cut_off = [{"return": float(r), "length": int(n), "success": math.nan} for r, n in zip(envs.returns, envs.lengths)]
+    cut_off = [{"return": float(r), "length": int(n), "success": 0.0} for r, n in zip(envs.returns, envs.lengths)]
     return [episode or cut for episode, cut in zip(episodes, cut_off)]
 
 
