@@ -220,13 +220,13 @@ class DMCPixels(gym.Env):
     def set_state(self, state):
         self.random.set_state(tuple(state))
 
+    def close(self):
+        self.env.close()
+
 
 def make_env(args):
-    """An environment of images (C, H, W) uint8 and actions (A,) in -1..1.
-
-    One of your own goes here, as gym.wrappers.RescaleAction(Mine(), -1.0, 1.0). It resumes to the same end if it has
-    get_state and set_state, as above, else with fresh episodes.
-    """
+    """An environment of images (C, H, W) uint8 and actions (A,) in -1..1. One of your own goes here, wrapped in
+    gym.wrappers.RescaleAction(Mine(), -1.0, 1.0); without get_state and set_state it resumes with fresh episodes."""
     return DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)
 
 

@@ -193,7 +193,7 @@ def dmc_data(args, env_id, frame_stack, image_size, episodes, length):
             observation = env.env.task.get_observation(env.env.physics)  # the suite's state {name: float or array}
             states.append(np.concatenate([np.ravel(value) for value in observation.values()]))
     names = np.array([f"{name}[{i}]" for name, value in observation.items() for i in range(np.size(value))])
-    env.env.close()
+    env.close()
     stacks = np.arange(episodes * length).reshape(episodes, length)
     stacks = np.lib.stride_tricks.sliding_window_view(stacks, frame_stack, axis=1)  # (episodes, length - S + 1, S)
     groups = np.arange(episodes).repeat(stacks.shape[1])

@@ -1,6 +1,7 @@
 """Measure the speed of ppo_pisco.py and print ratios from one run: environment, losses, and a peer's program.
 
-    python benchmark/speed.py                                   # Jump's steps/s; the cost of PiSCO on Jump and on Pong
+    python benchmark/speed.py                                   # Jump's steps/s; what freezing and PiSCO cost and save
+    python benchmark/speed.py --before ../old/ppo_pisco.py      # every row of an older file beside it
     python benchmark/speed.py --peer "python ppo_atari_envpool.py"   # beside CleanRL's program, from your copy of it
     python benchmark/speed.py --repeats 5 --output benchmark/results/speed.csv
 
@@ -35,7 +36,7 @@ ATARI = (
     "--env-id Pong-v5 --num-envs 8 --num-steps 128 --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 "
     "--clip-coef 0.1 --ent-coef 0.01"
 )
-ATARI_OURS = f"{ATARI} --feature-dim 512 --reward-scale 1 --encoder-weights none --freeze-random --eval-episodes 1"
+ATARI_OURS = f"{ATARI} --feature-dim 512 --reward-scale 1 --encoder-weights none --eval-episodes 1"
 
 
 @dataclass
@@ -43,7 +44,9 @@ class Args:
     repeats: int = 3
     """times that every program runs; the median counts"""
     steps: int = 4096
-    """environment steps per Pong run; Jump runs take eight times as many"""
+    """environment steps per Pong run; Jump runs take eight times as many, impala's a half"""
+    before: str | None = None
+    """an older ppo_pisco.py, to print what has become of its speed"""
     peer: str | None = None
     """command of a peer such as CleanRL's ppo_atari_envpool.py"""
     output: str | None = None
@@ -61,12 +64,16 @@ def jump_steps_per_second(copies=64, steps=3000):
     return steps * copies / (time.perf_counter() - began)
 
 
-def ours(flags, steps):
-    """SPS of ppo_pisco.py over all iterations but the first, which warms up; without the evaluation."""
+def ours(flags, steps, memory, name, file=ROOT / "ppo_pisco.py"):
+    """SPS of ppo_pisco.py over all iterations but the first, which warms up; without the evaluation. Leaves the peak
+    memory of the process in memory[name], in MiB."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "ppo_pisco.py"), *flags.split(), "--runs-dir", folder]
+        command = [sys.executable, str(file), *flags.split(), "--runs-dir", folder]
         command += ["--total-timesteps", str(steps), "--eval-interval", "0"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, command
+        memory[name] = usage.ru_maxrss / 1024
         with open(next(Path(folder).glob("*/metrics.csv")), newline="") as file:
             rows = [(int(row["global_step"]), float(row["charts/SPS"])) for row in csv.DictReader(file)]
     (first, first_sps), (last, last_sps) = rows[0], rows[-1]
@@ -83,32 +90,51 @@ def peer(command, flags, steps):
     return (steps - batch) / (steps / sps[-1] - batch / sps[0])
 
 
+FROZEN = "--freeze-random --freeze-layers"
+JUMP, IMPALA = "--encoder-weights none", f"{ATARI_OURS} --encoder impala"
+CASES = {  # name: flags, share of --steps
+    "jump, none, 0 frozen": (f"{JUMP} --ssl none", 8),
+    "jump, none, 2 frozen": (f"{JUMP} --ssl none {FROZEN} 2", 8),
+    "jump, none, all frozen": (f"{JUMP} --ssl none {FROZEN} all", 8),
+    "jump, pisco, 2 frozen": (f"{JUMP} --ssl pisco {FROZEN} 2", 8),
+    "pong, none, 0 frozen": (f"{ATARI_OURS} --ssl none", 1),
+    "pong, none, 0 frozen, bf16": (f"{ATARI_OURS} --ssl none --bf16", 1),
+    "pong, none, 2 frozen": (f"{ATARI_OURS} --ssl none {FROZEN} 2", 1),
+    "pong, pisco, 2 frozen": (f"{ATARI_OURS} --ssl pisco {FROZEN} 2", 1),
+    "pong, impala, none, 0 frozen": (f"{IMPALA} --ssl none", 0.5),
+    "pong, impala, none, 6 frozen": (f"{IMPALA} --ssl none {FROZEN} 6", 0.5),
+    "pong, impala, pisco, 6 frozen": (f"{IMPALA} --ssl pisco {FROZEN} 6", 0.5),
+}
+RATIOS = [  # the first one's steps per second over the second one's
+    ("jump, none, 2 frozen", "jump, pisco, 2 frozen", "cost of pisco, same freezing"),
+    ("jump, none, 0 frozen", "jump, pisco, 2 frozen", "cost of pisco and freezing"),
+    ("pong, none, 2 frozen", "pong, pisco, 2 frozen", "cost of pisco, same freezing"),
+    ("pong, none, 0 frozen", "pong, pisco, 2 frozen", "cost of pisco and freezing"),
+    ("pong, impala, none, 0 frozen", "pong, impala, pisco, 6 frozen", "cost of pisco and freezing"),
+    ("pong, none, 0 frozen, bf16", "pong, none, 0 frozen", "speed-up by bf16"),
+]
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
-    measured = {
-        "jump environment": jump_steps_per_second,
-        "jump, none, 0 frozen": lambda: ours("--ssl none", 8 * args.steps),
-        "jump, none, 2 frozen": lambda: ours("--ssl none --freeze-layers 2 --freeze-random", 8 * args.steps),
-        "jump, pisco, 2 frozen": lambda: ours("--ssl pisco --freeze-layers 2 --freeze-random", 8 * args.steps),
-        "pong, none, 0 frozen": lambda: ours(f"{ATARI_OURS} --ssl none", args.steps),
-        "pong, none, 0 frozen, bf16": lambda: ours(f"{ATARI_OURS} --ssl none --bf16", args.steps),
-        "pong, none, 2 frozen": lambda: ours(f"{ATARI_OURS} --ssl none --freeze-layers 2", args.steps),
-        "pong, pisco, 2 frozen": lambda: ours(f"{ATARI_OURS} --ssl pisco --freeze-layers 2", args.steps),
-    }
-    ratios = [
-        ("jump, none, 2 frozen", "jump, pisco, 2 frozen", "cost of pisco, same freezing"),
-        ("jump, none, 0 frozen", "jump, pisco, 2 frozen", "cost of pisco and freezing"),
-        ("pong, none, 2 frozen", "pong, pisco, 2 frozen", "cost of pisco, same freezing"),
-        ("pong, none, 0 frozen", "pong, pisco, 2 frozen", "cost of pisco and freezing"),
-        ("pong, none, 0 frozen, bf16", "pong, none, 0 frozen", "speed-up by bf16"),
-    ]
+    measured, memory, ratios = {"jump environment": jump_steps_per_second}, {}, list(RATIOS)
+    for name, (flags, share) in CASES.items():
+        steps = int(share * args.steps)
+        measured[name] = lambda f=flags, s=steps, n=name: ours(f, s, memory, n)
+        if args.before:
+            old = f"{name}, before"
+            measured[old] = lambda f=flags, s=steps, n=old: ours(f, s, memory, n, args.before)
+            ratios.append((name, old, "speed-up over before"))
     if args.peer:
         measured["pong, peer"] = lambda: peer(args.peer, ATARI, args.steps)
         for name in ("pong, none, 0 frozen", "pong, none, 0 frozen, bf16"):
             ratios.append((name, "pong, peer", "speed-up over the peer"))
     samples = take_samples({name: (function, "steps/s") for name, function in measured.items()}, args.repeats)
+    units = dict.fromkeys(samples, "steps/s")
+    for name, size in memory.items():
+        samples[f"{name}: peak memory"], units[f"{name}: peak memory"] = [size] * args.repeats, "MiB"
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    write_report(samples, dict.fromkeys(samples, "steps/s"), ratios, machine, args.output)
+    write_report(samples, units, ratios, machine, args.output)
 
 
 if __name__ == "__main__":
