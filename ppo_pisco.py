@@ -855,9 +855,8 @@ def train(args):
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     if batch_size % args.num_minibatches or batch_size < 2 * args.num_minibatches:
-        raise SystemExit(
-            f"--num-minibatches {args.num_minibatches}: can't part {batch_size} rows evenly, 2 or more each"
-        )
+        remedy = f"must cut num_envs * num_steps = {batch_size} into equal parts of two or more"
+        raise SystemExit(f"--num-minibatches {args.num_minibatches}: {remedy}")
     if not num_iterations:
         raise SystemExit(f"--total-timesteps {args.total_timesteps}: less than num_envs * num_steps = {batch_size}")
     device = set_up(args)
