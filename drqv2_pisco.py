@@ -704,7 +704,7 @@ def play_episode(agent, env, args, device, seed, frames=None):
 def evaluate(agent, args, device, global_step, folder):
     """Plays episodes, writes evaluation.json and on request a GIF, and returns the averages by metric name."""
     env, returns, lengths, frames = make_env(args), [], [], []
-    seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes)  # no other run's
+    seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes)  # of this seed alone
     for i, seed in enumerate(seeds.tolist()):
         total, length = play_episode(agent, env, args, device, seed, frames if args.capture_video and not i else None)
         returns.append(total)
@@ -823,7 +823,7 @@ def train(args):
         critic_optimizer.load_state_dict(state["critic_optimizer"])
         actor_optimizer.load_state_dict(state["actor_optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
-        if device.type == "cuda":
+        if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         replay.set_state(state["replay"])
         if state["env"]:

@@ -872,7 +872,7 @@ def train(args):
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
-        if device.type == "cuda":
+        if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         rows, episodes, seconds = state["rows"], state["episodes"], state["seconds"]
     next_obs = envs.set_state(state["envs"]) if state else envs.reset()  # (N, C, H, W) uint8
