@@ -91,7 +91,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector_dim: int = 256  # hidden width of the projector h (pisco, simsiam)
-    curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per update
+    curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per minibatch
 
     # PPO
     total_timesteps: int = 102_400  # environment steps of the whole run
@@ -268,7 +268,8 @@ def make_envs(args, num_envs, seeds, evaluation):
         known = envpool.make_spec(args.env_id).config._fields
         options = {key: value for key, value in wanted.items() if key in known}
         return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
-    sys.path.append(os.getcwd())  # where the user's own module is, wherever this file lies
+    if os.getcwd() not in sys.path:  # where the user's own module is, wherever this file lies
+        sys.path.append(os.getcwd())
     try:
         return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": NEXT_STEP})
     except gym.error.UnregisteredEnv:
@@ -643,8 +644,8 @@ def collect_rollout(agent, envs, next_obs, args):
             "logprobs": log_probs.gather(1, action).squeeze(1),  # (N,) float32
             "values": value,  # (N,) float32
             "rewards": torch.from_numpy(rewards) * args.reward_scale,  # (N,) float32, on the CPU like the next three
-            "terminated": torch.from_numpy(terminated),  # (N,) bool
-            "truncated": torch.from_numpy(truncated),  # (N,) bool
+            "terminated": torch.tensor(terminated),  # (N,) bool, a copy: the environment may use its array again
+            "truncated": torch.tensor(truncated),  # (N,) bool
             "valid": torch.from_numpy(~was_done),  # (N,) bool: False where a step only reset its copy
         }
         if agent.encoder.frozen:  # computed once: all epochs start from it
@@ -904,7 +905,6 @@ def train(args):
             losses = update(agent, optimizer, rollout, next_value, args)
             episodes = (episodes + ended)[-100:]
             seconds += time.perf_counter() - began
-
             row = {"global_step": global_step, "charts/SPS": global_step / seconds}
             row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if episodes:
@@ -927,7 +927,7 @@ def train(args):
                 write_atomically(folder / "checkpoint.pt", buffer.getvalue())
                 write_metrics(folder / "metrics.csv", rows)
         # After the checkpoint, as it can take long: a run that is killed in it comes back to it at once.
-        if evaluation_due and "eval/greedy_return" not in rows[-1]:
+        if evaluation_due:
             rows[-1] |= evaluate(agent, args, device, global_step, folder)
             write_metrics(folder / "metrics.csv", rows)
         for name, number in rows[-1].items() if rows else ():

@@ -569,3 +569,27 @@ def test_collect_rollout_records_what_the_agent_saw_and_did(count):
     assert torch.equal(~rollout.valid[1:], done[:-1]) and rollout.valid[0].all()
     assert (rollout.rewards[~rollout.valid] == 0).all() and len(episodes) == done.sum() > 0
     assert not any(column.requires_grad for column in vars(rollout).values())
+
+
+def test_collect_rollout_copies_what_the_environment_may_use_again():
+    """A vector environment may hand out the same arrays at every step."""
+
+    def collect(reuse):
+        args = Args(num_steps=30, num_envs=2, ssl="none", jump_tasks="20:10")
+        agent, envs = tiny_agent("none"), ImageEnvs(args, 2)
+        real, kept = envs.envs.step, []
+
+        def step(actions):
+            *arrays, info = real(actions)
+            kept[:] = kept or [array.copy() for array in arrays]
+            for old, new in zip(kept, arrays):
+                old[:] = new
+            return *(kept if reuse else arrays), info
+
+        envs.envs.step = step
+        torch.manual_seed(1)
+        return vars(collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)[0])
+
+    fresh, reused = collect(False), collect(True)
+    assert fresh["terminated"].any()
+    assert all(torch.equal(fresh[name], reused[name]) for name in fresh)
