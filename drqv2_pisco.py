@@ -132,9 +132,8 @@ def parse_args(argv=None):
     # A first look, as the environment or the run decides on the defaults of everything else.
     first, _ = tyro.cli(Args, args=[w for w in argv if w not in ("-h", "--help")], return_unknown_args=True)
     if first.resume is None:
-        own = {}
-        for pattern, settings in DEFAULTS:
-            own |= settings if re.fullmatch(pattern, first.env_id) else {}
+        matching = [settings for pattern, settings in DEFAULTS if re.fullmatch(pattern, first.env_id)]
+        own = {key: value for settings in matching for key, value in settings.items()}
         return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **own), description=__doc__)
     try:
         saved = Args(**json.loads((Path(first.resume) / "args.json").read_text()), resume=first.resume)
@@ -507,7 +506,7 @@ def ssl_loss(agent, views, z1, z2, kind, std):
         loss = pisco_loss(z1_mu, z2_mu, p1_mu, p2_mu, std)
     elif kind == "simsiam":
         loss = simsiam_loss(z1, z2, p1, p2)
-    else:  # curl, symmetrised like the others
+    elif kind == "curl":  # symmetrised like the others
         with torch.no_grad():
             k1, k2 = agent.key_encoder(views).chunk(2)
         loss = 0.5 * (info_nce_loss(p1, k2) + info_nce_loss(p2, k1))
@@ -903,7 +902,8 @@ def train(args):
     writer.close()
     env.close()
     if not any("losses/critic_loss" in row for row in rows):
-        raise SystemExit(f"--total-frames {args.total_frames}: no episode ended before it, so nothing was trained")
+        limits = "ended that is longer than --nstep and fits into --replay-size"
+        raise SystemExit(f"--total-frames {args.total_frames}: no episode {limits}, so nothing was trained")
     tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
     write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
     save_encoder(

@@ -83,6 +83,7 @@ class Args:
     encoder_weights: str = str(ENCODERS / "jump-v0__nature__rl.safetensors")  # a file, or `none`: random weights
     freeze_layers: int | Literal["all"] = 0  # how many of the encoder's layers stay frozen, from the bottom
     freeze_random: bool = False  # allow freezing layers of an encoder with random weights
+    head_layers: int = 0  # hidden layers of the policy and the value head, 256 units each (0: linear in z)
 
     # PiSCO and its alternatives
     ssl: Literal["pisco", "simsiam", "curl", "consistency", "none"] = "pisco"  # loss on two augmented views
@@ -132,9 +133,8 @@ def parse_args(argv=None):
     # A first look, as the environment or the run decides on the defaults of everything else.
     first, _ = tyro.cli(Args, args=[w for w in argv if w not in ("-h", "--help")], return_unknown_args=True)
     if first.resume is None:
-        own = {}
-        for pattern, settings in DEFAULTS:
-            own |= settings if re.fullmatch(pattern, first.env_id) else {}
+        matching = [settings for pattern, settings in DEFAULTS if re.fullmatch(pattern, first.env_id)]
+        own = {key: value for settings in matching for key, value in settings.items()}
         return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **own), description=__doc__)
     try:
         saved = Args(**json.loads((Path(first.resume) / "args.json").read_text()), resume=first.resume)
@@ -148,8 +148,8 @@ def parse_args(argv=None):
 # --- Environments: MSR Jump here, everything else from EnvPool or Gymnasium ------------------------------------------
 NEXT_STEP = gym.vector.AutoresetMode.NEXT_STEP
 JUMP_GRID = [(x, y) for x in range(20, 46) for y in range(10, 21)]  # 286 tasks (obstacle, floor) of Agarwal et al. 2021
-# Source and target swap the floors. Both lie on a lattice of 8 pixels in x and y, the stride of nature's two bottom
-# layers together: what these layers see of a target task is what they saw of a source task, at another place.
+# A target task is a source task whose floor lies 8 pixels higher or lower, the stride of nature's two bottom layers
+# together: what these layers see of it is what they saw of the source task, at another place.
 JUMP_TASK_SETS = {
     "source": [(x, 10) for x in (20, 28, 36, 44)] + [(x, 18) for x in (24, 32, 40)],
     "target": [(x, 18) for x in (20, 28, 36, 44)] + [(x, 10) for x in (24, 32, 40)],
@@ -201,9 +201,7 @@ class JumpVectorEnv(gym.vector.VectorEnv):
         for frame, (x, y) in zip(self.backgrounds, self.tasks):
             frame[y : y + self.OBSTACLE_H, x : x + self.OBSTACLE_W] = self.GREY
             frame[[0, -1, y], :] = frame[:, [0, -1]] = self.WHITE
-        self.agent_rows, self.agent_cols = np.divmod(
-            np.arange(self.AGENT_H * self.AGENT_W), self.AGENT_W
-        )  # (50,) int64
+        self.agent_rows, self.agent_cols = np.divmod(np.arange(self.AGENT_H * self.AGENT_W), self.AGENT_W)  # (50,)
         self.task_ids, self.x, self.y = (np.zeros(num_envs, dtype=np.int64) for _ in range(3))
         self.jumping, self.rising, self.done = (np.zeros(num_envs, dtype=bool) for _ in range(3))
 
@@ -284,7 +282,7 @@ class ImageEnvs:
     real last one, and the step after it is no transition."""
 
     def __init__(self, args, num_envs, start=0, evaluation=False):
-        # Other seeds for every copy, every run, the evaluation, and a run resumed at iteration `start`
+        # Other seeds for every run, the evaluation and, but for Jump, every copy and a run resumed at iteration `start`
         sequence = np.random.SeedSequence([args.seed, 0 if evaluation else 1 + start])
         seeds = (sequence.generate_state(num_envs) >> 1).tolist()  # below 2**31
         self.num_envs, self.envs = num_envs, make_envs(args, num_envs, seeds, evaluation)
@@ -439,6 +437,11 @@ class Encoder(nn.Module):
         return self.trained_suffix(self.frozen_prefix(obs))
 
 
+def make_mlp(sizes, std):
+    hidden = [module for sides in zip(sizes, sizes[1:-1]) for module in (layer_init(nn.Linear(*sides)), nn.ReLU())]
+    return nn.Sequential(*hidden, layer_init(nn.Linear(*sizes[-2:]), std))
+
+
 class Agent(nn.Module):
     """Encoder f, policy head pi(.|z), value head, and the projector h of the self-supervised loss."""
 
@@ -446,12 +449,11 @@ class Agent(nn.Module):
         super().__init__()
         dim = args.feature_dim
         self.encoder = encoder
-        self.actor = layer_init(nn.Linear(dim, num_actions), std=0.01)
-        self.critic = layer_init(nn.Linear(dim, 1), std=1)
+        head = [dim] + [256] * args.head_layers  # sizes from z on
+        self.actor, self.critic = make_mlp([*head, num_actions], std=0.01), make_mlp([*head, 1], std=1)
         self.projector = nn.Identity()  # consistency: PiSCO with h = identity
         if args.ssl in ("pisco", "simsiam"):
-            hidden = layer_init(nn.Linear(dim, args.projector_dim))
-            self.projector = nn.Sequential(hidden, nn.ReLU(), layer_init(nn.Linear(args.projector_dim, dim), std=1))
+            self.projector = make_mlp([dim, args.projector_dim, dim], std=1)
         elif args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
             self.key_encoder = Encoder(args, obs_shape).requires_grad_(False)  # follows f, see update
@@ -459,7 +461,7 @@ class Agent(nn.Module):
             self.key_encoder.frozen = encoder.frozen
         if args.env_id == "Jump-v0":
             # There is one right moment to jump, so a fair coin hardly ever clears an obstacle far away.
-            self.actor.bias.data[1] = math.log(args.jump_prior / (1 - args.jump_prior))
+            self.actor[-1].bias.data[1] = math.log(args.jump_prior / (1 - args.jump_prior))
 
     def forward(self, obs):
         """Images (B, C, H, W) uint8 -> policy logits (B, A) and values (B,), float32."""
@@ -576,8 +578,7 @@ def compute_gae(rewards, values, next_value, terminated, truncated, gamma, gae_l
     next_values = torch.cat([values[1:], next_value[None]])
     deltas = rewards + gamma * next_values * (~terminated) - values
     discounts = gamma * gae_lambda * (~(terminated | truncated))
-    advantages = torch.zeros_like(values)
-    lastgaelam = torch.zeros_like(next_value)
+    advantages, lastgaelam = torch.zeros_like(values), torch.zeros_like(next_value)
     for t in reversed(range(len(rewards))):
         advantages[t] = lastgaelam = deltas[t] + discounts[t] * lastgaelam
     return advantages, advantages + values
@@ -617,7 +618,7 @@ def ssl_loss(agent, hidden, z1, z2, kind):
         loss = pisco_loss(z1_logits, z2_logits, p1_logits, p2_logits)
     elif kind == "simsiam":
         loss = simsiam_loss(z1, z2, p1, p2)
-    else:  # curl, symmetrised like the others
+    elif kind == "curl":  # symmetrised like the others
         with torch.no_grad():
             k1, k2 = agent.key_encoder.trained_suffix(hidden).chunk(2)
         loss = 0.5 * (info_nce_loss(p1, k2) + info_nce_loss(p2, k1))
@@ -654,26 +655,24 @@ def collect_rollout(agent, envs, next_obs, args):
         next_obs = torch.from_numpy(obs.copy()).to(next_obs.device)
         episodes += envs.episodes
     rollout = SimpleNamespace(**{name: torch.stack([step[name] for step in steps]) for name in steps[0]})  # (T, N, ...)
-    if not rollout.rewards.isfinite().all():
-        raise SystemExit(f"--env-id {args.env_id}: the environment gave a reward that is not finite")
     return rollout, next_obs, agent(next_obs)[1], episodes
 
 
 def minibatch_loss(agent, obs, hidden, actions, logprobs, advantages, returns, values, args):
     """L = L_RL + lambda L_ssl on one minibatch -> loss and statistics. obs (B, C, H, W) uint8; hidden (B, ...), their
-    frozen_prefix, or None where nothing is frozen; all else (B,)."""
-    b = math.ceil(args.ssl_fraction * len(obs)) if args.ssl != "none" else 0  # rows of the self-supervised loss
+    frozen_prefix, or None where nothing is frozen; all else (B,). With hidden and without views obs may be None."""
+    b = math.ceil(args.ssl_fraction * len(actions)) if args.ssl != "none" else 0  # rows of the self-supervised loss
     views = [augment(obs[:b], args) for _ in range(2)] if b else []
     if hidden is None:
         hidden = agent.encoder.frozen_prefix(torch.cat([obs, *views]))
     elif b:
         hidden = torch.cat([hidden, agent.encoder.frozen_prefix(torch.cat(views))])  # (B + 2b, ...)
-    z, z1, z2 = agent.encoder.trained_suffix(hidden).split([len(obs), b, b])
+    z, z1, z2 = agent.encoder.trained_suffix(hidden).split([len(actions), b, b])
     logits, newvalue = agent.actor(z), agent.critic(z).squeeze(-1)
     loss, stats = ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args)
     stats["dead_features"] = (z == 0).all(dim=0).float().mean()
     if b:
-        stats[args.ssl], stats["view_agreement"] = ssl_loss(agent, hidden[len(obs) :], z1, z2, args.ssl)
+        stats[args.ssl], stats["view_agreement"] = ssl_loss(agent, hidden[len(actions) :], z1, z2, args.ssl)
         loss = loss + args.ssl_coef * stats[args.ssl]
     return loss, {name: value.detach() for name, value in stats.items()}
 
@@ -686,8 +685,9 @@ def update(agent, optimizer, rollout, next_value, args):
         rollout.rewards, rollout.values.cpu(), next_value.cpu(), rollout.terminated, rollout.truncated,
         args.gamma, args.gae_lambda,
     )  # fmt: skip
-    b_obs = rollout.obs.flatten(0, 1)  # (T * N, H, W, C) uint8
-    b_hidden = rollout.hidden.flatten(0, 1) if agent.encoder.frozen else None  # (T * N, H', W', C') or (T * N, D)
+    # (T * N, H, W, C) uint8 and (T * N, H', W', C') or (T * N, D); None where no minibatch needs it
+    b_obs = None if agent.encoder.frozen and args.ssl == "none" else rollout.obs.flatten(0, 1)
+    b_hidden = rollout.hidden.flatten(0, 1) if agent.encoder.frozen else None
     b_actions, b_logprobs, b_values = rollout.actions.flatten(), rollout.logprobs.flatten(), rollout.values.flatten()
     b_advantages, b_returns = advantages.flatten().to(device), returns.flatten().to(device)  # (T * N,) each
     valid_inds = rollout.valid.flatten().nonzero().squeeze(1)
@@ -695,10 +695,11 @@ def update(agent, optimizer, rollout, next_value, args):
     for _ in range(args.update_epochs):
         # Every minibatch has the same size: a few rows, drawn at random, come twice in place of the rows left out.
         order = valid_inds[torch.randperm(len(valid_inds))]
-        order = order.repeat(math.ceil(len(b_obs) / len(order)))[: len(b_obs)].to(device)
+        order = order.repeat(math.ceil(len(b_actions) / len(order)))[: len(b_actions)].to(device)
         for mb_inds in order.chunk(args.num_minibatches):
-            mb_obs = b_obs.index_select(0, mb_inds).movedim(-1, 1)  # (B, C, H, W), whole images copied at once
-            mb_hidden = b_hidden.index_select(0, mb_inds).movedim(-1, 1) if agent.encoder.frozen else None
+            # (B, C, H, W) and (B, C', H', W') or (B, D), whole images copied at once
+            mb_obs = None if b_obs is None else b_obs.index_select(0, mb_inds).movedim(-1, 1)
+            mb_hidden = None if b_hidden is None else b_hidden.index_select(0, mb_inds).movedim(-1, 1)
             loss, stats = loss_function(
                 agent, mb_obs, mb_hidden, b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
                 b_returns[mb_inds], b_values[mb_inds], args,
@@ -770,8 +771,7 @@ def evaluate(agent, args, device, global_step, folder):
             results[policy] |= {"trained_tasks": [f"{x}:{y}" for x, y in trained], "solved": solved}
             metrics[f"eval/{policy}_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in trained]))
             metrics[f"eval/{policy}_grid_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID]))
-    results["metrics"] = metrics
-    write_atomically(folder / "evaluation.json", json.dumps(results, indent=1).encode())
+    write_atomically(folder / "evaluation.json", json.dumps(results | {"metrics": metrics}, indent=1).encode())
     if is_jump:  # which tasks the greedy policy solves: obstacle to the right, floor up; white: solved, grey: not
         solved, columns, rows = results["greedy"]["solved"], *(sorted(set(axis)) for axis in zip(*tasks))
         shades = [[{True: 255, False: 90, None: 0}[solved.get(f"{x}:{y}")] for x in columns] for y in reversed(rows)]
@@ -908,8 +908,8 @@ def train(args):
             row = {"global_step": global_step, "charts/SPS": global_step / seconds}
             row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if episodes:
-                row["charts/episodic_return"] = float(np.mean([episode["return"] for episode in episodes]))
-                row["charts/episodic_length"] = float(np.mean([episode["length"] for episode in episodes]))
+                for name in ("return", "length"):
+                    row[f"charts/episodic_{name}"] = float(np.mean([episode[name] for episode in episodes]))
                 bar.set_postfix({"return": f"{row['charts/episodic_return']:.2f}"}, refresh=False)
             if episodes and envs.is_jump:
                 row["charts/success"] = float(np.mean([episode["success"] for episode in episodes]))

@@ -78,6 +78,10 @@ DIGESTS = {
 }
 
 
+# Arguments that came later, with the values that change nothing
+ADDED = [("resume", None), ("eval_max_steps", 27_000), ("head_layers", 0)]
+
+
 def digest(suite):
     """Checksum of the arguments, seed 1, of all methods of a suite, the encoder's file without its folder."""
     import drqv2_pisco
@@ -90,7 +94,7 @@ def digest(suite):
         module = drqv2_pisco if program == "drqv2_pisco.py" else ppo_pisco  # all others run ppo_pisco.py
         args = asdict(module.parse_args(flags))
         args["encoder_weights"] = Path(args["encoder_weights"]).name
-        resolved.append({key: args[key] for key in sorted(args.keys() - {"resume", "eval_max_steps"})})
+        resolved.append({key: args[key] for key in sorted(args) if (key, args[key]) not in ADDED})
     return hashlib.sha256(json.dumps(resolved).encode()).hexdigest()[:12]
 
 

@@ -64,7 +64,7 @@ def test_linear_policy_trains(linear, tmp_path, capsys):
     folder = linear.main([*flags.split(), str(tmp_path)])
     assert folder.parent == tmp_path
     weights = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
-    assert weights["actor.weight"].shape == (2, 4) and not [name for name in weights if name.startswith("encoder")]
+    assert weights["actor.0.weight"].shape == (2, 4) and not [name for name in weights if name.startswith("encoder")]
     assert "evaluation: greedy_return" in capsys.readouterr().out
 
 
@@ -151,8 +151,8 @@ def test_first_jumps_of_kept_networks(jumps, monkeypatch, tmp_path, capsys):
         folder = jumps.weights_folder(tmp_path, f"ppo_pisco.py --ssl none --seed {seed}".split())
         folder.mkdir(parents=True)
         with torch.no_grad():
-            agent.actor.weight.zero_()
-            agent.actor.bias[:] = torch.tensor([0.0, 1.0 if seed == 1 else -1.0])
+            agent.actor[-1].weight.zero_()
+            agent.actor[-1].bias[:] = torch.tensor([0.0, 1.0 if seed == 1 else -1.0])
         ppo_pisco.safetensors.torch.save_model(agent, folder / "model.safetensors")
     assert jumps.main() == 0
     assert "70 tasks played, 70 not solved" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_a_single_update_is_enough(tmp_path, flags):
 def test_run_in_which_no_episode_ends(tmp_path, monkeypatch):
     use(monkeypatch, lambda args: TinyResumable(length=-1))
     message = error_of(command(tmp_path, "--total-frames 120 --eval-max-steps 5"))
-    assert message.startswith("--total-frames 120: ") and "no episode ended" in message
+    assert message.startswith("--total-frames 120: ") and "no episode ended that is longer than --nstep" in message
     assert not list(tmp_path.glob("*/model.safetensors")) and not list(tmp_path.glob("*/encoder.safetensors"))
 
 

@@ -120,7 +120,7 @@ def test_own_environment_with_ppo_takes_one_place(tmp_path, monkeypatch):
     flags = "--env-id Mine --eval-episodes 1 --eval-interval 0"
     module, folder, rows = train_edited("ppo_pisco.py", [(start, own + start)], flags, tmp_path, monkeypatch)
     weights = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
-    assert weights["actor.weight"].shape[0] == 5 and rows[0]["eval/greedy_return"] == "10.0"
+    assert weights["actor.0.weight"].shape[0] == 5 and rows[0]["eval/greedy_return"] == "10.0"
     assert module.ImageEnvs(module.Args(env_id="Mine"), 2).obs_shape == (1, 40, 44)
 
 

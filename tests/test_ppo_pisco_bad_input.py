@@ -251,14 +251,6 @@ def test_loss_that_is_not_finite(tmp_path):
     assert not list(tmp_path.glob("*/checkpoint.pt"))
 
 
-@pytest.mark.filterwarnings("ignore:.*reward is a NaN")
-def test_reward_that_is_not_finite(tmp_path):
-    message = error_of(command(tmp_path, "--env-id TinyImageNaN-v0"))
-    assert message.startswith("--env-id TinyImageNaN-v0: ") and "reward" in message
-    assert "--learning-rate" not in message
-    assert not list(tmp_path.glob("*/checkpoint.pt"))
-
-
 BROKEN = """
 import gymnasium
 from conftest import TinyImage

@@ -90,7 +90,7 @@ def tiny_agent(ssl, freeze=0, **kwargs):
     torch.manual_seed(0)
     args = Args(ssl=ssl, feature_dim=8, projector_dim=8, **kwargs)
     agent = Agent(args, tiny_encoder(freeze, **kwargs), (1, 60, 60), 2)
-    nn.init.normal_(agent.actor.weight)  # a policy that differs from view to view
+    nn.init.normal_(agent.actor[-1].weight)  # a policy that differs from view to view
     return agent
 
 
@@ -132,7 +132,7 @@ def test_actor_learns_through_p_alone():
         p1, p2 = agent.projector(z1), agent.projector(z2)
         pi_z1, pi_z2, pi_p1, pi_p2 = (agent.actor(x).softmax(-1) for x in (z1, z2, p1, p2))
         expected = ((pi_p2 - pi_z1).T @ p2 + (pi_p1 - pi_z2).T @ p1) / (2 * len(z1))
-    torch.testing.assert_close(agent.actor.weight.grad, expected)
+    torch.testing.assert_close(agent.actor[-1].weight.grad, expected)
 
 
 def test_consistency_is_pisco_without_projector():
@@ -144,7 +144,7 @@ def test_consistency_is_pisco_without_projector():
     assert agreement == (logits1.argmax(-1) == logits2.argmax(-1)).float().mean()
     loss.backward()  # d loss / dz1 = 1/2 mean (pi(z1) - pi(z2)) W
     difference = (logits1.softmax(-1) - logits2.softmax(-1)).detach()
-    torch.testing.assert_close(z1.grad, difference @ agent.actor.weight.detach() / 10)
+    torch.testing.assert_close(z1.grad, difference @ agent.actor[-1].weight.detach() / 10)
 
 
 def test_curl_pairs_each_projected_query_with_its_key():
@@ -175,6 +175,17 @@ def test_jump_prior_is_the_untrained_probability_of_jumping():
     args = Args(jump_prior=0.1, feature_dim=8, env_id="Pong-v5")
     other = Agent(args, tiny_encoder(shape=(4, 84, 84)), (4, 84, 84), 6)
     torch.testing.assert_close(other.actor(zero).softmax(-1), torch.full((1, 6), 1 / 6))
+
+
+def test_heads_have_the_hidden_layers_asked_for():
+    agent, z = tiny_agent("none", head_layers=1, jump_prior=0.1), torch.randn(3, 8)
+    for head, outputs in ((agent.actor, 2), (agent.critic, 1)):
+        hidden, _, output = head
+        assert hidden.weight.shape == (256, 8) and output.weight.shape == (outputs, 256)
+        expected = (z @ hidden.weight.T + hidden.bias).clamp(min=0) @ output.weight.T + output.bias
+        torch.testing.assert_close(head(z), expected)
+    torch.testing.assert_close(agent.actor(torch.zeros(1, 8)).softmax(-1), torch.tensor([[0.9, 0.1]]))
+    assert [len(head) for head in (tiny_agent("none").actor, tiny_agent("none").critic)] == [1, 1]
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -239,7 +250,8 @@ def test_frozen_layers_stay_in_eval_mode():
 # --- What the frozen layers have computed once -----------------------------------------------------------------------
 def loss_and_gradients(agent, obs, hidden, args):
     torch.manual_seed(3)  # the same views
-    columns = [torch.randint(0, 2, (len(obs),)), *torch.randn(4, len(obs))]
+    count = len(obs if hidden is None else hidden)
+    columns = [torch.randint(0, 2, (count,)), *torch.randn(4, count)]
     agent.zero_grad()
     loss, _ = minibatch_loss(agent, obs, hidden, *columns, args)
     loss.backward()
@@ -256,11 +268,11 @@ def test_loss_from_stored_activations_is_that_of_the_images(architecture, count,
         args = Args(ssl=ssl, norm_adv=False, ent_coef=0.1)
         hidden = agent.encoder.frozen_prefix(obs)
         assert hidden.dtype == (torch.bfloat16 if bf16 and count else torch.float32) and not hidden.requires_grad
-        (loss, gradients), (expected, wanted) = (
-            loss_and_gradients(agent, obs, start, args) for start in (hidden, None)
-        )
+        # Without views nobody needs the images.
+        loss, gradients = loss_and_gradients(agent, None if ssl == "none" else obs, hidden, args)
+        expected, wanted = loss_and_gradients(agent, obs, None, args)
         torch.testing.assert_close(loss, expected, rtol=0.01 if bf16 else 1e-5, atol=1e-6)
-        assert gradients.keys() == wanted.keys() and "actor.weight" in gradients
+        assert gradients.keys() == wanted.keys() and "actor.0.weight" in gradients
         for name, gradient in gradients.items():
             assert (gradient - wanted[name]).norm() <= (0.02 if bf16 else 1e-4) * wanted[name].norm(), name
             assert gradient.any()
@@ -504,7 +516,7 @@ def run_update(monkeypatch, agent, rollout, **changes):
         assert torch.equal(mb_returns, returns.flatten()[rows])
         seen.append(rows.tolist())
         number = torch.tensor(float(len(seen)))
-        return agent.actor.weight.sum(), {"approx_kl": number, "policy_loss": number}
+        return agent.actor[-1].weight.sum(), {"approx_kl": number, "policy_loss": number}
 
     monkeypatch.setattr(ppo_pisco, "minibatch_loss", record)
     optimizer = torch.optim.SGD([p for p in agent.parameters() if p.requires_grad], lr=1.0)
@@ -513,7 +525,7 @@ def run_update(monkeypatch, agent, rollout, **changes):
 
 def test_update_trains_every_valid_row_and_no_other(monkeypatch):
     agent, rollout = tiny_agent("none"), marked_rollout()
-    before = agent.actor.weight.detach().clone()
+    before = agent.actor[-1].weight.detach().clone()
     seen, means = run_update(monkeypatch, agent, rollout, max_grad_norm=0.5)
     assert [len(rows) for rows in seen] == [6] * 6  # 3 epochs x 2 minibatches, all of one size
     for epoch in range(3):
@@ -522,7 +534,7 @@ def test_update_trains_every_valid_row_and_no_other(monkeypatch):
     assert means["policy_loss"] == 3.5  # the mean of 1..6, not the last one
     assert means["grad_norm_trained"] == pytest.approx(4.0)  # 16 ones: the norm before clipping
     # Clipped to norm 0.5, each of the 16 is 0.125; six steps of learning rate 1 take 0.75.
-    torch.testing.assert_close(before - agent.actor.weight.detach(), torch.full((2, 8), 0.75))
+    torch.testing.assert_close(before - agent.actor[-1].weight.detach(), torch.full((2, 8), 0.75))
     assert seen[0] != seen[2]  # another order in each epoch
     _, returns = compute_gae(
         rollout.rewards, rollout.values, torch.zeros(2), rollout.terminated, rollout.truncated, 0.99, 0.95
@@ -541,11 +553,11 @@ def test_update_of_a_rollout_that_is_nearly_all_resets(monkeypatch):
 
 def test_target_kl_ends_the_epochs(monkeypatch):
     agent = tiny_agent("none")
-    before = agent.actor.weight.detach().clone()
+    before = agent.actor[-1].weight.detach().clone()
     seen, _ = run_update(monkeypatch, agent, marked_rollout(), target_kl=3.5, max_grad_norm=1e9)
     assert len(seen) == 4  # the second epoch ends above 3.5, so there is no third
     # Four steps of gradient 1: nothing is carried over from one minibatch to the next.
-    torch.testing.assert_close(before - agent.actor.weight.detach(), torch.full((2, 8), 4.0))
+    torch.testing.assert_close(before - agent.actor[-1].weight.detach(), torch.full((2, 8), 4.0))
 
 
 @pytest.mark.parametrize("count", [0, 2])
