@@ -4,7 +4,8 @@
     python benchmark/drqv2_speed.py --peer ../drqv2   # beside the official agent, from your copy of it
     python benchmark/drqv2_speed.py --repeats 5 --output benchmark/results/drqv2_speed.csv
 
-What is compared takes turns, so that a busy machine slows all alike; each number is the median of the repeats.
+What is compared takes turns, so that a busy machine slows all alike; each number is the median of the
+repeats, each ratio the median of the repeats' ratios.
 Updates are measured on random images, rendering on random actions. The peer's own modules hydra and omegaconf, which
 its update does not use, need not be installed.
 """

@@ -16,11 +16,13 @@ def take_samples(measured, repeats):
 
 
 def write_report(samples, units, ratios, machine, output=None):
-    """Prints the medians of samples {name: [numbers]} and the ratios [(name over, name, meaning)] of the medians, and
-    writes them to the file `output`."""
+    """Prints the medians of samples {name: [numbers]} and of the ratios [(name over, name, meaning)] that the samples of
+    each repeat have, and writes them to the file `output`."""
     median = {name: statistics.median(values) for name, values in samples.items()}
     rows = [(name, f"{value:.4g}" if value < 1000 else f"{value:.0f}", units[name]) for name, value in median.items()]
-    rows += [(f"{a} / {b}", f"{median[a] / median[b]:.2f}", meaning) for a, b, meaning in ratios]
+    for a, b, meaning in ratios:
+        ratio = statistics.median(x / y for x, y in zip(samples[a], samples[b]))
+        rows.append((f"{a} / {b}", f"{ratio:.2f}", meaning))
     rows.append(("machine", machine, f"{min(map(len, samples.values()))} repeats"))
     for row in rows:
         print(f"{row[0]:<56} {row[1]:>12}  {row[2]}")

@@ -5,7 +5,8 @@
     python benchmark/speed.py --peer "python ppo_atari_envpool.py"   # beside CleanRL's program, from your copy of it
     python benchmark/speed.py --repeats 5 --output benchmark/results/speed.csv
 
-The programs take turns, so that a busy machine slows all of them alike; each number is the median of the repeats.
+The programs take turns, so that a busy machine slows all of them alike; each number is the median of the
+repeats, each ratio the median of the repeats' ratios.
 The peer must take CleanRL's flags and print lines `SPS: n`; its environment may be another one than ours.
 """
 

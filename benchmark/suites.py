@@ -90,7 +90,41 @@ QUICKSTART = {
     },
 }
 
+# The learning rates of jump-rates and jump-state-rates, the same for every method; protocols stand beside the results.
+RATES = ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
+MLP = "--head-layers 1"
+BASELINES = {  # method: program and flags
+    "from scratch": f"ppo_pisco.py {SCRATCH} --ssl none",
+    "frozen, linear head": "ppo_pisco.py --freeze-layers 4 --ssl none",
+    "frozen, MLP head": f"ppo_pisco.py --freeze-layers 4 --ssl none {MLP}",
+    "finetuned": "ppo_pisco.py --freeze-layers 0 --ssl none",
+    "frozen bottom": f"ppo_pisco.py {JUMP_FROZEN} --ssl none",
+    "frozen bottom + PiSCO": f"ppo_pisco.py {JUMP_FROZEN} --ssl pisco",
+}
+STATE_BASELINES = {
+    "true state, linear": "benchmark/linear_state.py",
+    "true state, MLP": f"benchmark/linear_state.py {MLP}",
+    "state encoder, frozen, linear head": f"ppo_pisco.py {STATE} --freeze-layers 4 --ssl none",
+    "state encoder, frozen, MLP head": f"ppo_pisco.py {STATE} --freeze-layers 4 --ssl none {MLP}",
+    "state encoder, finetuned": f"ppo_pisco.py {STATE} --freeze-layers 0 --ssl none",
+}
+
+
+def over_rates(methods):
+    """A suite that gives every method every learning rate, on the validation tasks, with half as many evaluations."""
+    flags = f"--jump-tasks {VALIDATION} --eval-interval 20480"
+    return {
+        "program": "",
+        "methods": {
+            f"{name}, {r}": f"{method} {flags} --learning-rate {r}" for name, method in methods.items() for r in RATES
+        },
+    }
+
+
 SUITES = {
+    # Which learning rate is every method's own? On the validation tasks.
+    "jump-rates": over_rates(BASELINES),
+    "jump-state-rates": over_rates(STATE_BASELINES),
     # The README's main command beside the same number of steps from scratch.
     "quickstart": QUICKSTART,
     # The same with `--cpus 2`, as on a machine of two cores: PyTorch's number of threads changes the last digits.

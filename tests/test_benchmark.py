@@ -58,6 +58,8 @@ def execute(runner, run, cpus=2):
 # What each suite's flags come to, all arguments of all methods: a change of a default would make kept results another
 # command's. Print `digest(suite)` for a new suite.
 DIGESTS = {
+    "jump-rates": "e7cc75cf29a7",
+    "jump-state-rates": "2e99a8dfb8f2",
     "quickstart": "cae1438ee1e6",
     "quickstart-two-cores": "cae1438ee1e6",
     "jump-ppo": "ff9f49873081",
