@@ -652,7 +652,7 @@ def collect_rollout(agent, envs, next_obs, args):
         if agent.encoder.frozen:  # computed once: all epochs start from it
             step["hidden"] = hidden.movedim(1, -1)  # (N, H', W', C') or (N, D), float32 or bfloat16
         steps.append(step)
-        next_obs = torch.from_numpy(obs.copy()).to(next_obs.device)
+        next_obs = torch.from_numpy(obs).to(next_obs.device, memory_format=torch.channels_last, copy=True)
         episodes += envs.episodes
     rollout = SimpleNamespace(**{name: torch.stack([step[name] for step in steps]) for name in steps[0]})  # (T, N, ...)
     return rollout, next_obs, agent(next_obs)[1], episodes
@@ -877,7 +877,7 @@ def train(args):
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         rows, episodes, seconds = state["rows"], state["episodes"], state["seconds"]
     next_obs = envs.set_state(state["envs"]) if state else envs.reset()  # (N, C, H, W) uint8
-    next_obs = torch.from_numpy(next_obs.copy()).to(device)
+    next_obs = torch.from_numpy(next_obs).to(device, memory_format=torch.channels_last, copy=True)
     folder = Path(args.resume) if args.resume else make_run_folder(args)
     resume = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
     print(f"run folder: {folder}\nafter a kill: {resume}", flush=True)

@@ -16,8 +16,10 @@ def take_samples(measured, repeats):
 
 
 def write_report(samples, units, ratios, machine, output=None):
-    """Prints the medians of samples {name: [numbers]} and of the ratios [(name over, name, meaning)] that the samples of
-    each repeat have, and writes them to the file `output`."""
+    """Prints the medians of samples {name: [numbers]} and of each repeat's ratios [(name over, name, meaning)].
+
+    Writes them to the file `output` too, where one is given.
+    """
     median = {name: statistics.median(values) for name, values in samples.items()}
     rows = [(name, f"{value:.4g}" if value < 1000 else f"{value:.0f}", units[name]) for name, value in median.items()]
     for a, b, meaning in ratios:

@@ -107,6 +107,9 @@ CASES = {  # name: flags, share of --steps
     "pong, impala, pisco, 6 frozen": (f"{IMPALA} --ssl pisco {FROZEN} 6", 0.5),
 }
 RATIOS = [  # the first one's steps per second over the second one's
+    ("jump, none, 0 frozen", "jump, none, 2 frozen", "cost of freezing"),
+    ("pong, none, 0 frozen", "pong, none, 2 frozen", "cost of freezing"),
+    ("pong, impala, none, 0 frozen", "pong, impala, none, 6 frozen", "cost of freezing"),
     ("jump, none, 2 frozen", "jump, pisco, 2 frozen", "cost of pisco, same freezing"),
     ("jump, none, 0 frozen", "jump, pisco, 2 frozen", "cost of pisco and freezing"),
     ("pong, none, 2 frozen", "pong, pisco, 2 frozen", "cost of pisco, same freezing"),
