@@ -48,18 +48,21 @@ SCANS = {  # suites over a number: how a method's name tells it and what varies 
 # The paper's claims and what they predict: the first method's score is above the second's, or, with a margin, not
 # further below it than that. Nothing is predicted against a frozen encoder: with the learning rate that the other
 # methods have it learns far less than with its own (see benchmark/README.md).
-CLAIMS = [
-    ("3. bottom layers transfer as they are: freezing them costs at most 0.05", 0.05, [
-        ("jump-depth", "1 frozen, none", "0 frozen, none"),
-        ("jump-transfer", "frozen bottom", "finetuned"),  # two layers; jump-depth's runs and more seeds
-    ]),
-    ("4. frozen bottom + PiSCO beats the alternatives", 0.0, [
-        ("jump-transfer", "frozen bottom + PiSCO", other) for other in (
+PREDICTIONS = {
+    "3. bottom layers transfer as they are": [
+        ("jump-depth", "1 frozen, none", "0 frozen, none", 0.05),
+        ("jump-transfer", "frozen bottom", "finetuned", 0.05),  # two layers; jump-depth's runs and more seeds
+    ],
+    "4. frozen bottom + PiSCO beats the alternatives": [
+        ("jump-transfer", "frozen bottom + PiSCO", other, 0.0)
+        for other in (
             "from scratch", "finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + SimSiam",
             "frozen bottom + CURL", "frozen bottom + consistency",
         )
-    ]),
-]  # fmt: skip
+    ],
+}  # fmt: skip
+EQUAL = 0.1  # a gain whose interval lies within it is no difference
+VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.5"}
 # Further differences that benchmark/README.md speaks of: suite (`noise`: what noise changes): [(method, other), ...]
 GAINS = {
     "jump-transfer": [(f"{base} + PiSCO", base) for base in ("from scratch", "finetuned", "frozen bottom")]
@@ -188,13 +191,13 @@ def improvement(scores, others):
     return float(np.squeeze(point)), np.ravel(interval)
 
 
-def difference(scores, others):
-    """Mean of scores (n,) less the mean of others (m,), and its 95% interval: Welch's, as a bootstrap's is too narrow
-    for a handful of seeds. Where neither sample has any spread the interval is unknown (nan, nan)."""
+def difference(scores, others, level=0.95):
+    """Mean of scores (n,) less the mean of others (m,), and its interval of that level: Welch's, as a bootstrap's is
+    too narrow for a handful of seeds. Where neither sample has any spread the interval is unknown (nan, nan)."""
     gain = float(np.mean(scores) - np.mean(others))
     if np.ptp(scores) == np.ptp(others) == 0:
         return gain, (np.nan, np.nan)
-    low, high = stats.ttest_ind(scores, others, equal_var=False).confidence_interval(0.95)
+    low, high = stats.ttest_ind(scores, others, equal_var=False).confidence_interval(level)
     return gain, (float(low), float(high))
 
 
@@ -262,13 +265,38 @@ def finish(figure, axes, suite, x_name, y_name, outside):
     save(figure, suite)
 
 
-def draw_readme(results):
-    """Four methods of jump-transfer in one panel, as benchmark/figures/readme.png."""
-    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
-    for i, method in enumerate(("frozen bottom + PiSCO", "frozen bottom", "finetuned", "from scratch")):
-        draw_bands(axes, results[method].steps, results[method].scores, method, style_of(i))
-    axes.set_title("MSR Jump: reuse of one pretrained encoder, interquartile mean and 95% interval", fontsize=10)
-    finish(figure, axes, "readme", "environment steps", "target tasks solved (greedy)", outside=False)
+def draw_forest(judged):
+    """A row per prediction of judge's {claim: [...]}: the gain and its corrected interval, coloured by verdict, as
+    benchmark/figures/readme.png."""
+    labels = [row for claim, found in judged.items() for row in (claim, *found)]
+    figure, axes = plt.subplots(figsize=(9, 0.34 * len(labels) + 1.3), layout="constrained")
+    for y, row in enumerate(labels):
+        if isinstance(row, str):
+            continue
+        (_, _, _, margin), (mean, interval), (end, end_interval), counts = row
+        colour = VERDICTS[verdict(*interval, margin)]
+        axes.plot(interval, [y, y], color=colour, linewidth=2.5)
+        axes.plot(mean, y, "o", color=colour, markersize=7)
+        axes.plot(end_interval, [y + 0.28] * 2, color="0.75", linewidth=1)
+        axes.plot(end, y + 0.28, "o", color="0.75", markersize=4)
+        axes.text(
+            1.01, y, f"{counts[0]}, {counts[1]}; 1", transform=axes.get_yaxis_transform(), va="center", fontsize=9
+        )
+    texts = [row if isinstance(row, str) else prediction_text(*row[0]) for row in labels]
+    axes.set_yticks(range(len(labels)), texts, fontsize=9)
+    for label, row in zip(axes.get_yticklabels(), labels):
+        label.set_fontweight("bold" if isinstance(row, str) else "normal")
+    axes.set_ylim(len(labels) - 0.3, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(0, color="0.3", linewidth=1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.text(1.01, -0.25, "runs; cells", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    axes.set_xlabel(
+        "gain in the share of target tasks solved: mean over the run (below it, grey: at the end)", fontsize=9
+    )
+    handles = [plt.Line2D([], [], color=colour, marker="o", linewidth=2.5) for colour in VERDICTS.values()]
+    figure.legend(handles, VERDICTS, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    save(figure, "readme")
 
 
 def draw_scan(suite, results):
@@ -443,7 +471,39 @@ def scores_of(suite):
 
 def verdict(low, high, margin):
     """What an interval of a gain says of the prediction that the gain is above -margin."""
-    return "supported" if low > -margin else "contradicted" if high < -margin else "inconclusive"
+    if low > -margin:
+        return "supported"
+    if high < -margin:
+        return "contradicted"
+    return "no difference" if -EQUAL < low and high < EQUAL else "inconclusive"
+
+
+def holm_levels(pvalues):
+    """Holm's (1979) levels (m,) for p-values (m,): by rising p, the k-th is tested at 0.05 / (m - k + 1).
+
+    After the first that fails the level stays, so that none after it passes.
+    """
+    levels, failed = np.empty(len(pvalues)), False
+    for k, i in enumerate(np.argsort(pvalues)):
+        level = level if failed else 0.05 / (len(pvalues) - k)  # noqa: F821
+        failed = failed or not pvalues[i] <= level
+        levels[i] = level
+    return levels
+
+
+def judge(predictions, scores):
+    """Gains of a claim's predictions [(suite, method, other, margin)] that have runs enough, under Holm's correction:
+    [(prediction, (mean over the run, interval), (at the end, interval), numbers of runs)]. scores {suite: {method:
+    (n, 2)}} as of scores_of."""
+    pairs = [(p, scores[p[0]].get(p[1], []), scores[p[0]].get(p[2], [])) for p in predictions]
+    pairs = [pair for pair in pairs if min(map(len, pair[1:])) >= FEW]
+    gains = []
+    for column in (1, 0):
+        samples = [(ours[:, column], others[:, column], p[3]) for p, ours, others in pairs]
+        tests = [stats.ttest_ind(ours + margin, others, equal_var=False).pvalue for ours, others, margin in samples]
+        levels = holm_levels(np.nan_to_num(tests, nan=1.0))
+        gains.append([difference(a, b, 1 - level) for (a, b, _), level in zip(samples, levels)])
+    return [(p, *both, (len(a), len(b))) for (p, a, b), *both in zip(pairs, *gains)]
 
 
 def gains_of(suite, ours, others):
@@ -468,21 +528,28 @@ def write_gains(suite):
     return markdown(names, rows)
 
 
-def write_verdicts():
-    """Claims, predictions and what the kept runs say of them, as Markdown. Predictions without runs are left out."""
-    names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "n"]
+def prediction_text(suite, better, worse, margin):
+    return f"{better} > {worse}" + (f" - {margin:.2f}" if margin else "")
+
+
+def judge_all():
+    """judge's answers {claim: [...]} for all claims whose predictions have runs."""
+    scores = {suite: scores_of(suite) for suite in {p[0] for found in PREDICTIONS.values() for p in found}}
+    judged = {claim: judge(predictions, scores) for claim, predictions in PREDICTIONS.items()}
+    return {claim: found for claim, found in judged.items() if found}
+
+
+def write_verdicts(judged):
+    """Claims, predictions and what the kept runs say of them, as Markdown."""
+    names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "runs", "cells"]
     rows = []
-    suites = {suite for _, _, predictions in CLAIMS for suite, *_ in predictions}
-    scores = {suite: scores_of(suite) for suite in suites}
-    for claim, margin, predictions in CLAIMS:
-        for suite, better, worse in predictions:
-            gains = gains_of(suite, *(scores[suite].get(method, []) for method in (better, worse)))
-            if not gains:
-                continue
-            (_, interval), _, cells = gains
-            folder = "jump-noise" if suite == "noise" else suite
-            prediction = f"{better} > {worse}" + (f" - {margin:.2f}" if margin else "")
-            rows.append([claim, folder, prediction, verdict(*interval, margin), *cells])
+    for claim, found in judged.items():
+        for prediction, mean, end, counts in found:
+            cells = [with_interval(*gain, DIGITS[program_of(prediction[0])], "+") for gain in (mean, end)]
+            word = verdict(*mean[1], prediction[3])
+            rows.append(
+                [claim, prediction[0], prediction_text(*prediction), word, *cells, f"{counts[0]}, {counts[1]}", "1"]
+            )
             claim = ""
     return markdown(names, rows)
 
@@ -497,6 +564,13 @@ SPEEDS = [  # file of the results, row in it, what it is called
     ("speed", "pong, none, 2 frozen / pong, pisco, 2 frozen", "the same on Pong"),
     ("speed", "jump, none, 0 frozen / jump, pisco, 2 frozen", "PPO, time of a step with two frozen layers and PiSCO "
      "over one of finetuning everything without it, Jump"),
+    ("speed", "pong, none, 0 frozen / pong, pisco, 2 frozen", "the same on Pong"),
+    ("speed", "pong, impala, none, 0 frozen / pong, impala, pisco, 6 frozen", "the same on Pong, impala with six of "
+     "ten layers frozen"),
+    ("speed", "pong, none, 0 frozen / pong, none, 2 frozen", "PPO without PiSCO, time of a step with two frozen layers "
+     "over one with none, Pong"),
+    ("speed", "pong, impala, none, 0 frozen / pong, impala, none, 6 frozen", "the same, impala with six of ten layers "
+     "frozen"),
     ("drqv2_speed", "update, none, 0 frozen / update, official agent", "DrQ-v2, batch 256, 84x84: seconds per update "
      "over the official agent's"),
     ("drqv2_speed", "update, none, 0 frozen / update, none, 0 frozen, bf16", "DrQ-v2, the same update without `--bf16` "
@@ -592,7 +666,6 @@ def main(argv=None):
             tables[f"{suite} views"] = write_views_table(suite)
         if suite == "jump-transfer":
             tables["jump-moments"] = write_moments_table()
-            draw_readme(results)
         for name, table in tables.items():
             insert_table(name, table)
             print(f"{name}\n{table}\n")
@@ -600,7 +673,9 @@ def main(argv=None):
         draw_tasks()
         draw_heatmap(folder_of(RESULTS, "quickstart", "freeze 2 + PiSCO") / "1")
     if args.suite == "all":
-        insert_table("verdicts", write_verdicts())
+        judged = judge_all()
+        draw_forest(judged)
+        insert_table("verdicts", write_verdicts(judged))
         insert_table("speed", write_speeds())
     return 0
 

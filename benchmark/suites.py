@@ -60,7 +60,7 @@ DMC_METHODS = {
 }
 
 # MSR Jump
-JUMP_FROZEN = "--freeze-layers 2"  # the bottom: the two layers whose stride the task sets' lattice has
+JUMP_FROZEN = "--freeze-layers 2"  # the bottom: the two layers whose stride is the distance of the floors
 # The losses' weights by jump-coef, which knows nothing of the target tasks.
 COEF = {"pisco": 0.1, "simsiam": 0.1, "curl": 0.03, "consistency": 0.3}
 SSL = {name: f"--ssl {name} --ssl-coef {coef}" for name, coef in COEF.items()} | {"none": "--ssl none"}

@@ -313,6 +313,10 @@ def test_suite_may_name_its_score(plot, monkeypatch):
         (-0.06, 0.1, 0.05, "inconclusive"),
         (-0.2, -0.04, 0.05, "inconclusive"),
         (-0.2, -0.06, 0.05, "contradicted"),
+        (-0.09, 0.09, 0.0, "no difference"),
+        (-0.11, 0.09, 0.0, "inconclusive"),
+        (-0.09, 0.09, 0.1, "supported"),
+        (np.nan, np.nan, 0.0, "inconclusive"),
     ],
 )
 def test_verdict(plot, low, high, margin, expected):
@@ -320,7 +324,7 @@ def test_verdict(plot, low, high, margin, expected):
 
 
 def test_claims_and_gains_name_methods_of_their_suites(plot):
-    pairs = [prediction for _, _, predictions in plot.CLAIMS for prediction in predictions]
+    pairs = [prediction[:3] for predictions in plot.PREDICTIONS.values() for prediction in predictions]
     pairs += [(suite, *pair) for suite, differences in plot.GAINS.items() for pair in differences]
     for suite, method, other in pairs:
         assert {method, other} <= plot.SUITES["jump-noise" if suite == "noise" else suite]["methods"].keys()
@@ -354,35 +358,76 @@ def test_pages_have_a_place_for_every_table_of_gains(plot):
     assert all(f"<!-- {suite} gains -->" in page and f"<!-- /{suite} gains -->" in page for suite in plot.GAINS)
 
 
+@pytest.mark.parametrize(
+    "pvalues, levels",
+    [
+        ([0.001, 0.04, 0.01], [0.05 / 3, 0.05, 0.05 / 2]),
+        ([0.001, 0.04, 0.03], [0.05 / 3, 0.05 / 2, 0.05 / 2]),  # 0.03 fails at 0.025, so 0.04 has no chance at 0.05
+        ([0.02, 0.01], [0.05, 0.05 / 2]),
+        ([0.03, 0.9, 0.9, 0.9], [0.05 / 4] * 4),
+    ],
+)
+def test_holms_levels(plot, pvalues, levels):
+    assert plot.holm_levels(pvalues) == pytest.approx(levels)
+
+
+def test_a_claims_predictions_share_its_error(plot):
+    """Two predictions, the clear one tested at 0.05 / 2 and the other then at 0.05; a third has too few runs."""
+    random = np.random.default_rng(0)
+    low, high = random.normal(0, 0.1, (2, 6, 2)) + np.array([[[0.0]], [[1.0]]])
+    scores = {"tiny": {"low": low, "high": high, "same": low + 0.01, "few": high[:4]}}
+    predictions = [("tiny", "high", "low", 0.0), ("tiny", "same", "low", 0.0), ("tiny", "few", "low", 0.0)]
+    (first, mean, end, counts), (second, other_mean, _, _) = plot.judge(predictions, scores)
+    assert (first, second, counts) == (*predictions[:2], (6, 6))
+    assert mean == plot.difference(high[:, 1], low[:, 1], 1 - 0.05 / 2)
+    assert end == plot.difference(high[:, 0], low[:, 0], 1 - 0.05 / 2)
+    assert other_mean == plot.difference(low[:, 1] + 0.01, low[:, 1], 0.95)
+
+
+def test_margin_enters_the_test(plot):
+    """A gain of about zero comes last without a margin and, with one that large, first."""
+    random = np.random.default_rng(1)
+    base, better = random.normal(0, 0.1, (8, 2)), random.normal(0.3, 0.1, (8, 2))
+    scores = {"tiny": {"base": base, "better": better, "same": base[::-1]}}
+    predictions = [("tiny", "same", "base", 1.0), ("tiny", "better", "base", 0.0)]
+    found = plot.judge(predictions, scores)
+    assert found[0][1] == plot.difference(base[::-1, 1], base[:, 1], 1 - 0.05 / 2)
+
+
 def test_gains_in_sentences_are_those_of_the_kept_runs(monkeypatch):
     module = load("plot", monkeypatch)
-    results = module.read_suite("jump-transfer")
-    ours = results["frozen bottom + PiSCO"].both
-    texts = [(ROOT / name).read_text() for name in ("README.md", "benchmark/README.md")]
-    scratch, bottom = (
-        module.gains_of("jump-transfer", ours, results[m].both)[2] for m in ("from scratch", "frozen bottom")
-    )
-    assert f"from scratch: {scratch[0]} in the mean over the run" in texts[0] and f"({scratch[1]})" in texts[0]
-    assert all(bottom[0] in text for text in texts)
+    monkeypatch.setattr(module, "PREDICTIONS", {"4": next(v for k, v in module.PREDICTIONS.items() if k[0] == "4")})
+    gains = {prediction[2]: (mean, end) for prediction, mean, end, _ in module.judge_all()["4"]}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    scratch, scratch_end = (module.with_interval(*gain, 2, "+") for gain in gains["from scratch"])
+    assert f"from scratch, {scratch} in the mean over the run, while at the end ({scratch_end})" in text
+    assert f"without PiSCO, {module.with_interval(*gains['frozen bottom'][0], 2, '+')}, depends" in text
 
 
-def test_verdicts_read_gains_from_the_kept_runs(plot, monkeypatch):
-    monkeypatch.setattr(plot, "FEW", 2)
-    monkeypatch.setattr(plot, "CLAIMS", [("a claim", 0.0, [("tiny", "one method", "one method")])])
-    monkeypatch.setattr(plot, "difference", lambda a, b: (a.mean() - 2 * b.mean(), (-0.9, -0.1)))
-    assert plot.write_verdicts().splitlines()[2] == (
-        "| a claim | tiny | one method > one method | contradicted | -0.62 [-0.90, -0.10] | -0.75 [-0.90, -0.10] "
-        "| 2, 2 |"
-    )
-    monkeypatch.setitem(plot.DIGITS, "ppo_pisco.py", 1)
-    assert "| -0.6 [-0.9, -0.1] | -0.8 [-0.9, -0.1] |" in plot.write_verdicts()
-
-
-def test_prediction_without_runs_has_no_verdict(plot, monkeypatch):
-    monkeypatch.setitem(plot.SUITES, "jump-noise", {"program": "x", "methods": {"one": ""}})
-    claims = [("a claim", 0.0, [("tiny", "one method", "no runs"), ("noise", "one", "one")])]
-    monkeypatch.setattr(plot, "CLAIMS", claims)
-    assert len(plot.write_verdicts().splitlines()) == 2  # the table's head
+def test_verdicts_table_and_forest(plot, monkeypatch):
+    monkeypatch.setitem(plot.SUITES, "other", {"program": "drqv2_pisco.py", "methods": {}})
+    judged = {
+        "a claim": [
+            (("tiny", "one", "two", 0.0), (0.25, (0.125, 0.375)), (0.5, (0.25, 0.75)), (5, 6)),
+            (("other", "one", "two", 0.1), (-0.25, (-0.5, 0.0)), (0.0, (np.nan, np.nan)), (7, 8)),
+        ]
+    }
+    assert plot.write_verdicts(judged).splitlines()[2:] == [
+        "| a claim | tiny | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [+0.25, +0.75] | 5, 6 | 1 |",
+        "|  | other | one > two - 0.10 | inconclusive | -0 [-0, +0] | +0 [?, ?] | 7, 8 | 1 |",
+    ]
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, name: figures.append((figure, name)))
+    plot.draw_forest(judged)
+    ((figure, name),) = figures
+    (axes,) = figure.axes
+    assert name == "readme" and [text.get_text() for text in axes.get_yticklabels()] == [
+        "a claim", "one > two", "one > two - 0.10"
+    ]  # fmt: skip
+    points = [line for line in axes.lines if line.get_marker() == "o" and line.get_markersize() == 7]
+    assert [(line.get_xdata()[0], line.get_color()) for line in points] == [
+        (0.25, plot.VERDICTS["supported"]), (-0.25, plot.VERDICTS["inconclusive"])
+    ]  # fmt: skip
 
 
 def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
@@ -434,18 +479,18 @@ def test_unknown_suite(plot, capsys):
 # --- Speed's report --------------------------------------------------------------------------------------------------
 def test_report_has_medians_and_their_ratios(monkeypatch, tmp_path, capsys):
     report = load("report", monkeypatch)
-    numbers = {"ours": iter([1.0, 3.0, 2.0]), "peer": iter([4000.4, 9000.0, 6000.0])}
+    numbers = {"ours": iter([1.0, 3.0, 2.0]), "peer": iter([4000.4, 6000.0, 9000.0])}
     calls = []
     measured = {
         name: (lambda name=name: calls.append(name) or next(numbers[name]), unit)
         for name, unit in (("ours", "s"), ("peer", "steps/s"))
     }
     samples = report.take_samples(measured, 3)
-    assert samples == {"ours": [1.0, 3.0, 2.0], "peer": [4000.4, 9000.0, 6000.0]} and calls == ["ours", "peer"] * 3
+    assert samples == {"ours": [1.0, 3.0, 2.0], "peer": [4000.4, 6000.0, 9000.0]} and calls == ["ours", "peer"] * 3
     path = tmp_path / "report.csv"
     report.write_report(samples, {"ours": "s", "peer": "steps/s"}, [("peer", "ours", "x")], "a machine", path)
     assert path.read_text().split() == [
-        "what,value,unit", "or", "meaning", "ours,2,s", "peer,6000,steps/s", "peer", "/", "ours,3000.00,x",
+        "what,value,unit", "or", "meaning", "ours,2,s", "peer,6000,steps/s", "peer", "/", "ours,4000.40,x",
         "machine,a", "machine,3", "repeats",
     ]  # fmt: skip
     assert "peer / ours" in capsys.readouterr().out
