@@ -517,16 +517,16 @@ def make_encoder(args, obs_shape, resuming):
 def random_shift(images, pixels):
     """Shifts each image by its own random whole number of pixels, -pixels..pixels in both axes, replicating the border.
 
-    images (B, C, H, W), any dtype -> the same, channels last in memory. The shift of DrQ (Kostrikov et al. 2021).
+    images (B, C, H, W), any dtype -> the same, a view with channels last. The shift of DrQ (Kostrikov et al. 2021).
     """
     b, c, h, w = images.shape
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, b, 1), device=images.device)  # (B, 1) int64 each
-    rows = (torch.arange(h, device=images.device) + dy).clamp_(0, h - 1)  # (B, H): clamping the index replicates
-    left, middle, right = (x.permute(0, 2, 3, 1) for x in (images[..., :1], images, images[..., -1:]))
-    wide = torch.cat([left.expand(-1, -1, pixels, -1), middle, right.expand(-1, -1, pixels, -1)], 2)  # (B, H, W+2P, C)
-    windows = wide.flatten(2).unfold(2, w * c, c)  # (B, H, 2P+1, W*C): a view, so that whole rows are copied at once
-    shifted = windows[torch.arange(b, device=images.device)[:, None], rows, dx + pixels]  # (B, H, W*C)
-    return shifted.view(b, h, w, c).permute(0, 3, 1, 2)
+    rows, cols = h + 2 * pixels + 1, w + 2 * pixels  # with replicated borders; below a row more, for windows to end in
+    dy, dx = torch.randint(2 * pixels + 1, (2, b), device=images.device)  # (B,) int64 each: 0 is the largest shift back
+    x = images.permute(0, 2, 3, 1).index_select(1, (torch.arange(rows, device=images.device) - pixels).clamp_(0, h - 1))
+    x = torch.cat([x[:, :, :1].expand(-1, -1, pixels, -1), x, x[:, :, -1:].expand(-1, -1, pixels, -1)], 2)
+    windows = x.flatten().unfold(0, h * cols * c, c)  # a view: from every pixel on, as much as H rows have
+    start = (torch.arange(b, device=images.device) * rows + dy) * cols + dx  # one window an image, copied at once
+    return windows.index_select(0, start).view(b, h, cols, c)[:, :, :w].permute(0, 3, 1, 2)
 
 
 def random_noise(images, std=12.75):
@@ -664,7 +664,7 @@ def minibatch_loss(agent, obs, hidden, actions, logprobs, advantages, returns, v
     b = math.ceil(args.ssl_fraction * len(actions)) if args.ssl != "none" else 0  # rows of the self-supervised loss
     views = [augment(obs[:b], args) for _ in range(2)] if b else []
     if hidden is None:
-        hidden = agent.encoder.frozen_prefix(torch.cat([obs, *views]))
+        hidden = agent.encoder.frozen_prefix(torch.cat([obs, *views]) if b else obs)
     elif b:
         hidden = torch.cat([hidden, agent.encoder.frozen_prefix(torch.cat(views))])  # (B + 2b, ...)
     z, z1, z2 = agent.encoder.trained_suffix(hidden).split([len(actions), b, b])
