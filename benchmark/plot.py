@@ -42,6 +42,8 @@ SCORES = {  # program: columns of metrics.csv for step and score, what they are 
     "drqv2_pisco.py": ("global_step", "eval/greedy_return", "frames", "return (mean of 10 episodes)"),
 }
 SCANS = {  # suites over a number: how a method's name tells it and what varies beside it, the axis' name and scale
+    "jump-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
+    "jump-state-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
     "jump-coef": (r"(?P<group>\w+) (?P<x>[\d.]+)", "weight of the self-supervised loss (--ssl-coef)", "log"),
     "jump-depth": (r"(?P<x>\d) frozen, (?P<group>\w+)", "frozen layers from the bottom (--freeze-layers)", "linear"),
 }
@@ -63,19 +65,12 @@ PREDICTIONS = {
 }  # fmt: skip
 EQUAL = 0.1  # a gain whose interval lies within it is no difference
 VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.5"}
-# Further differences that benchmark/README.md speaks of: suite (`noise`: what noise changes): [(method, other), ...]
+# Further differences that benchmark/README.md speaks of: suite: [(method, other), ...]
 GAINS = {
     "jump-transfer": [(f"{base} + PiSCO", base) for base in ("from scratch", "finetuned", "frozen bottom")]
     + [(f"frozen bottom + {loss}", "frozen bottom") for loss in ("SimSiam", "CURL", "consistency")]
     + [("frozen bottom", "from scratch"), ("finetuned", "from scratch")],
-    "jump-depth": [(f"{k} frozen, pisco", f"{k} frozen, none") for k in range(5)]
-    + [(f"{k} frozen, {ssl}", f"0 frozen, {ssl}") for ssl in ("none", "pisco") for k in range(1, 5)]
-    + [("2 frozen, pisco", "3 frozen, pisco")],
-    "jump-noise": [("finetuned", "from scratch")]
-    + [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")],
-    "noise": [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")]
-    + [("frozen bottom + PiSCO", "finetuned + PiSCO")],
-}  # fmt: skip
+}
 REPS = 2_000  # bootstrap samples
 FEW = 5  # with fewer seeds an interval is no more than a range: points and means alone are shown
 warnings.filterwarnings("ignore", "random_state is deprecated")  # rliable hands it on to arch
@@ -369,7 +364,7 @@ def draw_grid(suite, results):
     save(figure, suite)
 
 
-DRAW = {"jump-coef": draw_scan, "jump-depth": draw_scan, "jump-noise": draw_noise, "jump-grid": draw_grid}
+DRAW = dict.fromkeys(SCANS, draw_scan) | {"jump-noise": draw_noise, "jump-grid": draw_grid}
 
 
 def with_interval(point, interval, digits, sign=""):
@@ -417,56 +412,22 @@ def write_noise_table():
     return markdown(["method", "n", *(f"noise {std:g}" for std in stds), f"left at {stds[-1]:g}"], rows)
 
 
-def read_end(folder):
-    """{column: mean over the last fifth of a run's iterations} of metrics.csv, columns without numbers left out."""
-    rows = read_rows(folder / "metrics.csv")
-    rows = rows[-max(1, len(rows) // 5) :]
-    values = {column: [float(row[column]) for row in rows if row[column]] for column in rows[0]}
-    return {column: float(np.mean(numbers)) for column, numbers in values.items() if numbers}
-
-
-def write_views_table(suite):
-    """What became of the two views and the features by the end of the runs, as Markdown: means over the seeds."""
-    columns = {f"losses/{name}": name for name in ("pisco", "simsiam", "curl", "consistency")}
-    names = ["method", "loss", "its value", "views that disagree", "dead features", "entropy"]
-    rows = []
-    for method in SUITES[suite]["methods"]:
-        ends = [read_end(folder) for folder in seed_folders(suite, method).values()]
-        if not ends:
-            continue
-        mean = {column: np.mean([end[column] for end in ends]) for column in ends[0]}
-        loss = next((column for column in columns if column in mean), None)  # `none` has neither loss nor views
-        cells = [columns[loss], f"{mean[loss]:.4f}", f"{1 - mean['losses/view_agreement']:.2%}"] if loss else ["-"] * 3
-        cells += [f"{mean['losses/dead_features']:.2f}", f"{mean['losses/entropy']:.3f}"]
-        rows.append([method, *cells])
-    return markdown(names, rows)
-
-
-def write_moments_table():
-    """How the target tasks of jump-transfer end, as Markdown: counts over seeds and tasks, from jump_moments.csv."""
-    kept = read_rows(RESULTS / "jump_moments.csv")
-    rights, counts = {int(row["right"]) for row in kept}, {}
-    for row in kept:
-        right, greedy = int(row["right"]), int(row["greedy"] or 10**9)  # empty: no jump at all
-        count = counts.setdefault(row["method"], np.zeros(4, dtype=int))
-        count += [greedy == right, greedy < right, greedy < right and greedy in rights, greedy > right]
-    names = [
-        "method",
-        "solved",
-        "jumps too early",
-        "of these at the right moment of a nearer obstacle",
-        "later or never",
-    ]
-    return markdown(names, [[method, *map(str, count)] for method, count in counts.items()])
-
-
-def scores_of(suite):
-    """{method: scores for a verdict (n, 2)}: at the end and mean over the run; for `noise` what success loses (below
-    zero) to the strongest noise and, on average, to all of it."""
-    if suite == "noise":  # not success itself: a method that solves less has less to lose, but is not the less robust
-        changes = {method: shares[:, 1:] - shares[:, :1] for method, (_, shares) in read_noise().items()}
-        return {method: np.stack([change[:, -1], change.mean(1)], 1) for method, change in changes.items()}
-    return {method: runs.both for method, runs in read_suite(suite).items()}
+def write_rates_table(suite):
+    """Every method's mean over the run at every learning rate, the best in bold, and the seeds, as Markdown."""
+    methods = {}  # {method: {rate: Runs}}
+    for name, runs in read_suite(suite).items():
+        method, rate = name.rsplit(", ", 1)
+        methods.setdefault(method, {})[rate] = runs
+    rates, rows = list(dict.fromkeys(rate for found in methods.values() for rate in found)), []
+    for method, found in methods.items():
+        means = {rate: runs.both[:, 1].mean() for rate, runs in found.items()}
+        best = max(means, key=means.get)  # the smaller one of two equals, as the rates rise
+        cells = [f"{means[r]:.2f}" if r in means else "" for r in rates]
+        counts = sorted({len(runs.seeds) for runs in found.values()})
+        rows.append(
+            [method, *(f"**{c}**" if r == best else c for r, c in zip(rates, cells)), " or ".join(map(str, counts))]
+        )
+    return markdown(["method", *rates, "n"], rows)
 
 
 def verdict(low, high, margin):
@@ -494,7 +455,7 @@ def holm_levels(pvalues):
 def judge(predictions, scores):
     """Gains of a claim's predictions [(suite, method, other, margin)] that have runs enough, under Holm's correction:
     [(prediction, (mean over the run, interval), (at the end, interval), numbers of runs)]. scores {suite: {method:
-    (n, 2)}} as of scores_of."""
+    (n, 2)}} as of Runs.both."""
     pairs = [(p, scores[p[0]].get(p[1], []), scores[p[0]].get(p[2], [])) for p in predictions]
     pairs = [pair for pair in pairs if min(map(len, pair[1:])) >= FEW]
     gains = []
@@ -512,17 +473,16 @@ def gains_of(suite, ours, others):
     if min(len(ours), len(others)) < FEW:
         return None
     end, mean = (difference(ours[:, i], others[:, i]) for i in (0, 1))
-    digits = DIGITS[program_of("jump-noise" if suite == "noise" else suite)]
-    cells = [with_interval(*gain, digits, "+") for gain in (mean, end)]
+    cells = [with_interval(*gain, DIGITS[program_of(suite)], "+") for gain in (mean, end)]
     return mean, end, [*cells, f"{len(ours)}, {len(others)}"]
 
 
 def write_gains(suite):
     """The differences between two methods each that GAINS has for a suite, as Markdown; without runs they are left
     out."""
-    names, rows, scores = ["difference", "mean over the run", "at the end", "n"], [], scores_of(suite)
+    names, rows, results = ["difference", "mean over the run", "at the end", "n"], [], read_suite(suite)
     for method, other in GAINS[suite]:
-        gains = gains_of(suite, scores.get(method, []), scores.get(other, []))
+        gains = gains_of(suite, *(results[m].both if m in results else [] for m in (method, other)))
         if gains:
             rows.append([f"{method} - {other}", *gains[2]])
     return markdown(names, rows)
@@ -534,7 +494,8 @@ def prediction_text(suite, better, worse, margin):
 
 def judge_all():
     """judge's answers {claim: [...]} for all claims whose predictions have runs."""
-    scores = {suite: scores_of(suite) for suite in {p[0] for found in PREDICTIONS.values() for p in found}}
+    results = {suite: read_suite(suite) for suite in {p[0] for found in PREDICTIONS.values() for p in found}}
+    scores = {suite: {method: runs.both for method, runs in found.items()} for suite, found in results.items()}
     judged = {claim: judge(predictions, scores) for claim, predictions in PREDICTIONS.items()}
     return {claim: found for claim, found in judged.items() if found}
 
@@ -656,16 +617,11 @@ def main(argv=None):
             print(f"{suite}: no results\n")
             continue
         DRAW.get(suite, draw_curves)(suite, results)
-        tables = {suite: write_table(suite, results)}
+        tables = {suite: write_rates_table(suite) if suite.endswith("-rates") else write_table(suite, results)}
         if suite in GAINS:
             tables[f"{suite} gains"] = write_gains(suite)
         if suite == "jump-noise":
             tables["noise"] = write_noise_table()
-            tables["noise gains"] = write_gains("noise")
-        if suite in ("jump-pisco", "jump-transfer"):
-            tables[f"{suite} views"] = write_views_table(suite)
-        if suite == "jump-transfer":
-            tables["jump-moments"] = write_moments_table()
         for name, table in tables.items():
             insert_table(name, table)
             print(f"{name}\n{table}\n")

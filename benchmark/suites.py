@@ -129,39 +129,11 @@ SUITES = {
     "quickstart": QUICKSTART,
     # The same with `--cpus 2`, as on a machine of two cores: PyTorch's number of threads changes the last digits.
     "quickstart-two-cores": QUICKSTART,
-    # Are PPO's settings good ones? On source tasks, from scratch, nothing of PiSCO.
-    "jump-ppo": {
-        "program": f"ppo_pisco.py --jump-tasks source {SCRATCH} --ssl none",
-        "methods": {
-            "defaults": "",
-            "learning rate 3e-4": "--learning-rate 3e-4",
-            "annealed learning rate": "--anneal-lr",
-            "64 copies": "--num-envs 64",
-            "entropy 0.003": "--ent-coef 0.003",
-            "prior 0.05": "--jump-prior 0.05",
-        },
-    },
     # The same small grid of weights for every loss, on validation tasks, half the budget.
     "jump-coef": {
         "program": JUMP_VALIDATION,
         "methods": {"none": "--ssl none"}
         | {f"{ssl} {coef}": f"--ssl {ssl} --ssl-coef {coef}" for ssl in COEF for coef in (0.03, 0.1, 0.3, 1.0)},
-    },
-    # What stands in PiSCO's way? One change each, on the validation tasks of jump-coef.
-    "jump-pisco": {
-        "program": JUMP_VALIDATION,
-        "methods": {
-            "none": SSL["none"],
-            "PiSCO": SSL["pisco"],
-            "shift 2": f"{SSL['pisco']} --shift-pixels 2",
-            "shift 8": f"{SSL['pisco']} --shift-pixels 8",
-            "noise": f"{SSL['pisco']} --augmentation noise",
-            "projector 64": f"{SSL['pisco']} --projector-dim 64",
-            "whole minibatch": f"{SSL['pisco']} --ssl-fraction 1",
-            "learning rate 3e-4": f"{SSL['pisco']} --learning-rate 3e-4",
-            "none, views compared": "--ssl consistency --ssl-coef 0",  # weighs nothing: what is there for PiSCO to do?
-            "none, learning rate 3e-4": f"{SSL['none']} --learning-rate 3e-4",
-        },
     },
     # Which part of a pretrained encoder is of use on the target tasks, and which loss on top?
     "jump-transfer": {"program": "ppo_pisco.py", "methods": JUMP_TRANSFER},
@@ -222,18 +194,7 @@ SUITES = {
         "program": DMC_SMALL,
         "methods": {"from scratch": DMC_SMALL_BALANCE},
     },
-    # The same settings, from cartpole-balance's encoder to cartpole-swingup.
-    "dmc-transfer-small": {
-        "program": f"{DMC_SMALL} --env-id cartpole-swingup --total-frames 100000",
-        "methods": {
-            "from scratch": "--encoder-weights none --ssl none",
-            "frozen bottom": "--freeze-layers 2 --ssl none",
-            "frozen bottom + PiSCO": "--freeze-layers 2 --ssl pisco",
-            # What `--pisco-std schedule` comes to: within these frames its sigma falls from 1 to 0.55 only.
-            "frozen bottom + PiSCO, sigma 0.1": "--freeze-layers 2 --ssl pisco --pisco-std 0.1",
-        },
-    },
-    # The same pair with longer steps: more is learned in less time.
+    # From cartpole-balance's encoder to cartpole-swingup, with longer steps: more is learned in less time.
     "dmc-transfer-repeat-8": {
         "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 50000 --eval-interval 5000",
         "methods": {

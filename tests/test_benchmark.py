@@ -62,9 +62,7 @@ DIGESTS = {
     "jump-state-rates": "2e99a8dfb8f2",
     "quickstart": "cae1438ee1e6",
     "quickstart-two-cores": "cae1438ee1e6",
-    "jump-ppo": "ff9f49873081",
     "jump-coef": "2aacb8659e63",
-    "jump-pisco": "39d3bd5f4bfd",
     "jump-transfer": "3b8bd14bea2e",
     "jump-depth": "440460c133db",
     "jump-state": "9c5941fed68f",
@@ -72,7 +70,6 @@ DIGESTS = {
     "jump-grid": "bb6e3afc65f0",
     "dmc-small": "8c9840080f0e",
     "dmc-small-two-cores": "989ae020ddce",
-    "dmc-transfer-small": "56dadd5ef5fc",
     "dmc-transfer-repeat-8": "839509d6325b",
     "dmc-official": "c1a3fbdb854f",
     "dmc-source": "caaedd03b9ff",
@@ -327,7 +324,7 @@ def test_claims_and_gains_name_methods_of_their_suites(plot):
     pairs = [prediction[:3] for predictions in plot.PREDICTIONS.values() for prediction in predictions]
     pairs += [(suite, *pair) for suite, differences in plot.GAINS.items() for pair in differences]
     for suite, method, other in pairs:
-        assert {method, other} <= plot.SUITES["jump-noise" if suite == "noise" else suite]["methods"].keys()
+        assert {method, other} <= plot.SUITES[suite]["methods"].keys()
         assert method != other
     assert all(len(set(differences)) == len(differences) for differences in plot.GAINS.values())
 
@@ -430,6 +427,23 @@ def test_verdicts_table_and_forest(plot, monkeypatch):
     ]  # fmt: skip
 
 
+def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
+    monkeypatch.setitem(plot.SUITES, "a-rates", {"program": "ppo_pisco.py", "methods": {}})
+    for method, rate, scores in (("a, b", "1e-3", (0.25, 0.75)), ("a, b", "1e-2", (0.5, 0.5)), ("c", "1e-2", (1.0,))):
+        plot.SUITES["a-rates"]["methods"][f"{method}, {rate}"] = ""
+        for seed, score in enumerate(scores, 1):
+            folder = tmp_path / "a-rates" / f"{method}, {rate}".replace(" ", "_") / str(seed)
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text("{}")
+            (folder / "metrics.csv").write_text(f"global_step,eval/greedy_success\n10,{score}\n20,{score}\n")
+    assert plot.write_rates_table("a-rates").splitlines() == [
+        "| method | 1e-3 | 1e-2 | n |",
+        "|---|---|---|---|",
+        "| a, b | **0.50** | 0.50 | 2 |",  # the smaller one of two equals
+        "| c |  | **1.00** | 1 |",
+    ]
+
+
 def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
     monkeypatch.setitem(plot.SUITES, "jump-noise", {"program": "x", "methods": {"one": "", "none": ""}})
     for seed, share in ((1, 0.5), (2, 0.25)):
@@ -441,19 +455,6 @@ def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
     stds, shares = plot.read_noise()["one"]
     assert stds.tolist() == [0, 8, 16] and shares.tolist() == [[1, 0.5, 0], [1, 0.25, 0]]
     assert list(plot.read_noise()) == ["one"]
-    assert plot.scores_of("noise")["one"].tolist() == [[-1, -0.75], [-1, -0.875]]  # 1 without noise
-    assert list(plot.scores_of("noise")) == ["one"]
-
-
-def test_views_table_is_of_the_last_fifth_of_each_run(plot, tmp_path):
-    columns = "losses/pisco,losses/simsiam,losses/view_agreement,losses/dead_features,losses/entropy"
-    for seed, pisco in ((1, 0.5), (10, 0.25)):
-        early, late = "9,,0,9,9", f"{pisco},,0.75,0.125,0.0625"
-        lines = [columns, *[early] * 8, late, late]
-        (tmp_path / "tiny" / "one_method" / str(seed) / "metrics.csv").write_text("\n".join(lines))
-    assert plot.write_views_table("tiny").splitlines()[2:] == [
-        "| one method | pisco | 0.3750 | 25.00% | 0.12 | 0.062 |"
-    ]
 
 
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
