@@ -43,6 +43,7 @@ SCORES = {  # program: columns of metrics.csv for step and score, what they are 
 }
 SCANS = {  # suites over a number: how a method's name tells it and what varies beside it, the axis' name and scale
     "jump-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
+    "jump-loss-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
     "jump-state-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
     "jump-coef": (r"(?P<group>\w+) (?P<x>[\d.]+)", "weight of the self-supervised loss (--ssl-coef)", "log"),
     "jump-depth": (r"(?P<x>\d) frozen, (?P<group>\w+)", "frozen layers from the bottom (--freeze-layers)", "linear"),

@@ -90,7 +90,7 @@ QUICKSTART = {
     },
 }
 
-# The learning rates of jump-rates and jump-state-rates, the same for every method; protocols stand beside the results.
+# The learning rates of the suites *-rates, the same for every method; protocols stand beside the results.
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 MLP = "--head-layers 1"
 BASELINES = {  # method: program and flags
@@ -100,6 +100,12 @@ BASELINES = {  # method: program and flags
     "finetuned": "ppo_pisco.py --freeze-layers 0 --ssl none",
     "frozen bottom": f"ppo_pisco.py {JUMP_FROZEN} --ssl none",
     "frozen bottom + PiSCO": f"ppo_pisco.py {JUMP_FROZEN} --ssl pisco",
+}
+FURTHER_LOSSES = {
+    "finetuned + PiSCO": "ppo_pisco.py --freeze-layers 0 --ssl pisco",
+    "frozen bottom + SimSiam": f"ppo_pisco.py {JUMP_FROZEN} --ssl simsiam",
+    "frozen bottom + CURL": f"ppo_pisco.py {JUMP_FROZEN} --ssl curl",
+    "frozen bottom + consistency": f"ppo_pisco.py {JUMP_FROZEN} --ssl consistency",
 }
 STATE_BASELINES = {
     "true state, linear": "benchmark/linear_state.py",
@@ -124,6 +130,7 @@ def over_rates(methods):
 SUITES = {
     # Which learning rate is every method's own? On the validation tasks.
     "jump-rates": over_rates(BASELINES),
+    "jump-loss-rates": over_rates(FURTHER_LOSSES),
     "jump-state-rates": over_rates(STATE_BASELINES),
     # The README's main command beside the same number of steps from scratch.
     "quickstart": QUICKSTART,

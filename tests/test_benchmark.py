@@ -59,6 +59,7 @@ def execute(runner, run, cpus=2):
 # command's. Print `digest(suite)` for a new suite.
 DIGESTS = {
     "jump-rates": "e7cc75cf29a7",
+    "jump-loss-rates": "039eda73fc7d",
     "jump-state-rates": "2e99a8dfb8f2",
     "quickstart": "cae1438ee1e6",
     "quickstart-two-cores": "cae1438ee1e6",
