@@ -282,7 +282,7 @@ class ImageEnvs:
     real last one, and the step after it is no transition."""
 
     def __init__(self, args, num_envs, start=0, evaluation=False):
-        # Other seeds for every run, the evaluation and, but for Jump, every copy and a run resumed at iteration `start`
+        # Jump has args.seed alone; elsewhere every copy has its own, another one in the evaluation and after a resume
         sequence = np.random.SeedSequence([args.seed, 0 if evaluation else 1 + start])
         seeds = (sequence.generate_state(num_envs) >> 1).tolist()  # below 2**31
         self.num_envs, self.envs = num_envs, make_envs(args, num_envs, seeds, evaluation)

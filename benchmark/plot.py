@@ -4,11 +4,11 @@
     python benchmark/plot.py                # everything
     python benchmark/plot.py quickstart     # one suite
 
-Every figure shows the interquartile mean over seeds with a 95% stratified bootstrap interval (Agarwal et al. 2021, by
-rliable); learning curves have every seed, faint. A suite's table has two scores, the last evaluation's and the mean
-over all evaluations of a run, which tells how fast it learned, and the probability that a run of the method has a
-higher mean than one of the suite's first method. Differences are between plain means, with Welch's 95% intervals. A
-method without results is left out.
+Curves and scans show the interquartile mean over seeds with a 95% stratified bootstrap interval (Agarwal et al. 2021,
+by rliable); learning curves have every seed, faint. The forest plot has differences between plain means, with Welch's
+intervals under Holm's correction. A suite's table has two scores, the last evaluation's and the mean over all
+evaluations of a run, which tells how fast it learned, and the probability that a run of the method has a higher mean
+than one of the suite's first method. A method without results is left out.
 """
 
 import csv
@@ -65,7 +65,7 @@ PREDICTIONS = {
     ],
 }  # fmt: skip
 EQUAL = 0.1  # a gain whose interval lies within it is no difference
-VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.5"}
+VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.3"}
 # Further differences that benchmark/README.md speaks of: suite: [(method, other), ...]
 GAINS = {
     "jump-transfer": [(f"{base} + PiSCO", base) for base in ("from scratch", "finetuned", "frozen bottom")]
@@ -273,6 +273,7 @@ def draw_forest(judged):
         colour = VERDICTS[verdict(*interval, margin)]
         axes.plot(interval, [y, y], color=colour, linewidth=2.5)
         axes.plot(mean, y, "o", color=colour, markersize=7)
+        axes.plot(-margin, y, "|", color="black", markersize=14)  # what the interval must lie above
         axes.plot(end_interval, [y + 0.28] * 2, color="0.75", linewidth=1)
         axes.plot(end, y + 0.28, "o", color="0.75", markersize=4)
         axes.text(
@@ -288,7 +289,7 @@ def draw_forest(judged):
     axes.grid(axis="x", alpha=0.3)
     axes.text(1.01, -0.25, "runs; cells", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set_xlabel(
-        "gain in the share of target tasks solved: mean over the run (below it, grey: at the end)", fontsize=9
+        "gain in tasks solved: mean over the run (thin: at the end), intervals corrected within a claim", fontsize=9
     )
     handles = [plt.Line2D([], [], color=colour, marker="o", linewidth=2.5) for colour in VERDICTS.values()]
     figure.legend(handles, VERDICTS, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -324,7 +325,7 @@ def draw_scan(suite, results):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     both[0].set_ylabel(columns_of(suite)[-1])
-    both[1].legend(frameon=False, fontsize=9)
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, suite)
 
 
@@ -414,7 +415,8 @@ def write_noise_table():
 
 
 def write_rates_table(suite):
-    """Every method's mean over the run at every learning rate, the best in bold, and the seeds, as Markdown."""
+    """Every method's mean over the run (at the end) at every learning rate and the seeds, as Markdown; in bold the best
+    mean of a method whose runs are complete."""
     methods = {}  # {method: {rate: Runs}}
     for name, runs in read_suite(suite).items():
         method, rate = name.rsplit(", ", 1)
@@ -422,12 +424,12 @@ def write_rates_table(suite):
     rates, rows = list(dict.fromkeys(rate for found in methods.values() for rate in found)), []
     for method, found in methods.items():
         means = {rate: runs.both[:, 1].mean() for rate, runs in found.items()}
-        best = max(means, key=means.get)  # the smaller one of two equals, as the rates rise
-        cells = [f"{means[r]:.2f}" if r in means else "" for r in rates]
         counts = sorted({len(runs.seeds) for runs in found.values()})
-        rows.append(
-            [method, *(f"**{c}**" if r == best else c for r, c in zip(rates, cells)), " or ".join(map(str, counts))]
-        )
+        # The smaller one of two equals, as the rates rise
+        best = max(means, key=means.get) if len(counts) == 1 and counts[0] >= FEW and len(means) == len(rates) else None
+        cells = [f"{means[r]:.2f} ({found[r].both[:, 0].mean():.2f})" if r in means else "" for r in rates]
+        cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells)]
+        rows.append([method, *cells, " or ".join(map(str, counts))])
     return markdown(["method", *rates, "n"], rows)
 
 
@@ -445,10 +447,10 @@ def holm_levels(pvalues):
 
     After the first that fails the level stays, so that none after it passes.
     """
-    levels, failed = np.empty(len(pvalues)), False
+    levels, level, failed = np.empty(len(pvalues)), 0.0, False
     for k, i in enumerate(np.argsort(pvalues)):
-        level = level if failed else 0.05 / (len(pvalues) - k)  # noqa: F821
-        failed = failed or not pvalues[i] <= level
+        level = level if failed else 0.05 / (len(pvalues) - k)
+        failed = failed or pvalues[i] > level
         levels[i] = level
     return levels
 
@@ -462,8 +464,11 @@ def judge(predictions, scores):
     gains = []
     for column in (1, 0):
         samples = [(ours[:, column], others[:, column], p[3]) for p, ours, others in pairs]
-        tests = [stats.ttest_ind(ours + margin, others, equal_var=False).pvalue for ours, others, margin in samples]
-        levels = holm_levels(np.nan_to_num(tests, nan=1.0))
+        pvalues = [  # without any spread there is no test
+            1.0 if np.ptp(a) == np.ptp(b) == 0 else stats.ttest_ind(a + margin, b, equal_var=False).pvalue
+            for a, b, margin in samples
+        ]
+        levels = holm_levels(pvalues)
         gains.append([difference(a, b, 1 - level) for (a, b, _), level in zip(samples, levels)])
     return [(p, *both, (len(a), len(b))) for (p, a, b), *both in zip(pairs, *gains)]
 
@@ -481,7 +486,11 @@ def gains_of(suite, ours, others):
 def write_gains(suite):
     """The differences between two methods each that GAINS has for a suite, as Markdown; without runs they are left
     out."""
-    names, rows, results = ["difference", "mean over the run", "at the end", "n"], [], read_suite(suite)
+    names, rows, results = (
+        ["difference, 95%, uncorrected", "mean over the run", "at the end", "n"],
+        [],
+        read_suite(suite),
+    )
     for method, other in GAINS[suite]:
         gains = gains_of(suite, *(results[m].both if m in results else [] for m in (method, other)))
         if gains:
@@ -489,8 +498,8 @@ def write_gains(suite):
     return markdown(names, rows)
 
 
-def prediction_text(suite, better, worse, margin):
-    return f"{better} > {worse}" + (f" - {margin:.2f}" if margin else "")
+def prediction_text(_, better, worse, margin):
+    return f"{better} > {worse}".replace(", none", "") + (f" - {margin:.2f}" if margin else "")
 
 
 def judge_all():

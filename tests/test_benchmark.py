@@ -399,7 +399,18 @@ def test_gains_in_sentences_are_those_of_the_kept_runs(monkeypatch):
     text = " ".join((ROOT / "README.md").read_text().split())
     scratch, scratch_end = (module.with_interval(*gain, 2, "+") for gain in gains["from scratch"])
     assert f"from scratch, {scratch} in the mean over the run, while at the end ({scratch_end})" in text
-    assert f"without PiSCO, {module.with_interval(*gains['frozen bottom'][0], 2, '+')}, depends" in text
+    assert f"without PiSCO, {module.with_interval(*gains['frozen bottom'][0], 2, '+')}, was not seen" in text
+    alone = module.write_gains("jump-transfer").split("| frozen bottom + PiSCO - frozen bottom | ")[1].split(" |")[0]
+    assert f"{alone} by itself with ten seeds" in " ".join((ROOT / "benchmark" / "README.md").read_text().split())
+
+
+def test_pair_without_spread_passes_no_test(plot):
+    """It must not take the strictest level from a pair that has a test."""
+    clear = np.array([[0.0, 0.1], [0.1, 0.0]] * 3)
+    scores = {"tiny": {"one": np.ones((5, 2)), "half": np.full((5, 2), 0.5), "low": clear, "high": clear + 1}}
+    flat, found = plot.judge([("tiny", "one", "half", 0.0), ("tiny", "high", "low", 0.0)], scores)
+    assert flat[1][0] == 0.5 and np.isnan(flat[1][1]).all()
+    assert found[1] == plot.difference(clear[:, 1] + 1, clear[:, 1], 1 - 0.05 / 2)
 
 
 def test_verdicts_table_and_forest(plot, monkeypatch):
@@ -426,22 +437,33 @@ def test_verdicts_table_and_forest(plot, monkeypatch):
     assert [(line.get_xdata()[0], line.get_color()) for line in points] == [
         (0.25, plot.VERDICTS["supported"]), (-0.25, plot.VERDICTS["inconclusive"])
     ]  # fmt: skip
+    assert [list(line.get_xdata()) for line in axes.lines if line.get_linewidth() == 2.5] == [
+        [0.125, 0.375],
+        [-0.5, 0.0],
+    ]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "|"] == [0.0, -0.1]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_markersize() == 4] == [0.5, 0.0]
+    assert [text.get_text() for text in axes.texts] == ["5, 6; 1", "7, 8; 1", "runs; cells"]
 
 
 def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
     monkeypatch.setitem(plot.SUITES, "a-rates", {"program": "ppo_pisco.py", "methods": {}})
-    for method, rate, scores in (("a, b", "1e-3", (0.25, 0.75)), ("a, b", "1e-2", (0.5, 0.5)), ("c", "1e-2", (1.0,))):
+    monkeypatch.setattr(plot, "FEW", 2)
+    runs = [("a, b", "1e-3", (0.25, 0.75)), ("a, b", "1e-2", (0.5, 0.5))]
+    runs += [("c", "1e-3", (0.5,)), ("c", "1e-2", (1.0,)), ("d", "1e-2", (1.0, 1.0))]
+    for method, rate, scores in runs:
         plot.SUITES["a-rates"]["methods"][f"{method}, {rate}"] = ""
         for seed, score in enumerate(scores, 1):
             folder = tmp_path / "a-rates" / f"{method}, {rate}".replace(" ", "_") / str(seed)
             folder.mkdir(parents=True)
             (folder / "manifest.json").write_text("{}")
-            (folder / "metrics.csv").write_text(f"global_step,eval/greedy_success\n10,{score}\n20,{score}\n")
+            (folder / "metrics.csv").write_text(f"global_step,eval/greedy_success\n10,{score}\n20,0.75\n")
     assert plot.write_rates_table("a-rates").splitlines() == [
         "| method | 1e-3 | 1e-2 | n |",
         "|---|---|---|---|",
-        "| a, b | **0.50** | 0.50 | 2 |",  # the smaller one of two equals
-        "| c |  | **1.00** | 1 |",
+        "| a, b | **0.62 (0.75)** | 0.62 (0.75) | 2 |",  # the smaller one of two equals
+        "| c | 0.62 (0.75) | 0.88 (0.75) | 1 |",  # too few runs
+        "| d |  | 0.88 (0.75) | 2 |",  # not every rate
     ]
 
 
