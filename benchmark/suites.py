@@ -101,6 +101,8 @@ BASELINES = {  # method: program and flags
     "frozen bottom": f"ppo_pisco.py {JUMP_FROZEN} --ssl none",
     "frozen bottom + PiSCO": f"ppo_pisco.py {JUMP_FROZEN} --ssl pisco",
 }
+# What jump-rates has chosen by its protocol; a frozen encoder's better head is the MLP.
+OWN_RATE = dict.fromkeys(BASELINES, "3e-3") | {"frozen, linear head": "3e-2"}
 FURTHER_LOSSES = {
     "finetuned + PiSCO": "ppo_pisco.py --freeze-layers 0 --ssl pisco",
     "frozen bottom + SimSiam": f"ppo_pisco.py {JUMP_FROZEN} --ssl simsiam",
@@ -130,6 +132,13 @@ def over_rates(methods):
 SUITES = {
     # Which learning rate is every method's own? On the validation tasks.
     "jump-rates": over_rates(BASELINES),
+    # Is the paper's recipe ahead of baselines with learning rates of their own?
+    "jump-baselines": {
+        "program": "",
+        "methods": {
+            name: f"{method} --jump-tasks target --learning-rate {OWN_RATE[name]}" for name, method in BASELINES.items()
+        },
+    },
     "jump-loss-rates": over_rates(FURTHER_LOSSES),
     "jump-state-rates": over_rates(STATE_BASELINES),
     # The README's main command beside the same number of steps from scratch.

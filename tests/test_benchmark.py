@@ -59,6 +59,7 @@ def execute(runner, run, cpus=2):
 # command's. Print `digest(suite)` for a new suite.
 DIGESTS = {
     "jump-rates": "e7cc75cf29a7",
+    "jump-baselines": "ef1232c56ed5",
     "jump-loss-rates": "039eda73fc7d",
     "jump-state-rates": "2e99a8dfb8f2",
     "quickstart": "cae1438ee1e6",
@@ -465,6 +466,18 @@ def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
         "| c | 0.62 (0.75) | 0.88 (0.75) | 1 |",  # too few runs
         "| d |  | 0.88 (0.75) | 2 |",  # not every rate
     ]
+
+
+def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch):
+    module = load("plot", monkeypatch)
+    results, suites = module.read_suite("jump-rates"), sys.modules["suites"]
+    assert results.keys() == module.SUITES["jump-rates"]["methods"].keys()
+    assert all(runs.seeds == [1, 2, 3, 4, 5] for runs in results.values())
+    for method, own in suites.OWN_RATE.items():
+        means = {rate: results[f"{method}, {rate}"].scores.mean() for rate in suites.RATES}
+        assert own == max(means, key=means.get)
+    linear, mlp = (results[f"frozen, {h}, {suites.OWN_RATE[f'frozen, {h}']}"] for h in ("linear head", "MLP head"))
+    assert mlp.scores.mean() > linear.scores.mean()
 
 
 def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
