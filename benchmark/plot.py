@@ -41,10 +41,11 @@ SCORES = {  # program: columns of metrics.csv for step and score, what they are 
     "ppo_pisco.py": ("global_step", "eval/greedy_success", "environment steps", "tasks solved (greedy)"),
     "drqv2_pisco.py": ("global_step", "eval/greedy_return", "frames", "return (mean of 10 episodes)"),
 }
+RATES_SCAN = (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log")
 SCANS = {  # suites over a number: how a method's name tells it and what varies beside it, the axis' name and scale
-    "jump-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
-    "jump-loss-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
-    "jump-state-rates": (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log"),
+    "jump-rates": RATES_SCAN,
+    "jump-loss-rates": RATES_SCAN,
+    "jump-state-rates": RATES_SCAN,
     "jump-coef": (r"(?P<group>\w+) (?P<x>[\d.]+)", "weight of the self-supervised loss (--ssl-coef)", "log"),
     "jump-depth": (r"(?P<x>\d) frozen, (?P<group>\w+)", "frozen layers from the bottom (--freeze-layers)", "linear"),
 }
@@ -279,7 +280,7 @@ def draw_forest(judged):
         axes.text(
             1.01, y, f"{counts[0]}, {counts[1]}; 1", transform=axes.get_yaxis_transform(), va="center", fontsize=9
         )
-    texts = [row if isinstance(row, str) else prediction_text(*row[0]) for row in labels]
+    texts = [row if isinstance(row, str) else prediction_text(row[0]) for row in labels]
     axes.set_yticks(range(len(labels)), texts, fontsize=9)
     for label, row in zip(axes.get_yticklabels(), labels):
         label.set_fontweight("bold" if isinstance(row, str) else "normal")
@@ -296,14 +297,20 @@ def draw_forest(judged):
     save(figure, "readme")
 
 
+def scan_lines(pattern, results, number=str):
+    """{group: {number(x): Runs}} of methods whose names match the pattern; a method without x has None there."""
+    lines = {}
+    for method, runs in results.items():
+        match = re.fullmatch(pattern, method)
+        group, x = (match["group"], number(match["x"])) if match else (method, None)
+        lines.setdefault(group, {})[x] = runs
+    return lines
+
+
 def draw_scan(suite, results):
     """Both scores over the number that the suite varies, as benchmark/figures/SUITE.png."""
     pattern, x_name, scale = SCANS[suite]
-    lines = {}  # group: {x: runs}
-    for method, runs in results.items():
-        match = re.fullmatch(pattern, method)
-        group, x = (match["group"], float(match["x"])) if match else (method, None)
-        lines.setdefault(group, {})[x] = runs
+    lines = scan_lines(pattern, results, float)
     figure, both = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", sharey=True)
     for column, (axes, title) in enumerate(zip(both, ("at the end", "mean over the run"))):
         for i, (group, runs) in enumerate(lines.items()):
@@ -414,13 +421,10 @@ def write_noise_table():
     return markdown(["method", "n", *(f"noise {std:g}" for std in stds), f"left at {stds[-1]:g}"], rows)
 
 
-def write_rates_table(suite):
+def write_rates_table(results):
     """Every method's mean over the run (at the end) at every learning rate and the seeds, as Markdown; in bold the best
     mean of a method whose runs are complete."""
-    methods = {}  # {method: {rate: Runs}}
-    for name, runs in read_suite(suite).items():
-        method, rate = name.rsplit(", ", 1)
-        methods.setdefault(method, {})[rate] = runs
+    methods = scan_lines(RATES_SCAN[0], results)  # {method: {rate: Runs}}
     rates, rows = list(dict.fromkeys(rate for found in methods.values() for rate in found)), []
     for method, found in methods.items():
         means = {rate: runs.both[:, 1].mean() for rate, runs in found.items()}
@@ -474,31 +478,29 @@ def judge(predictions, scores):
 
 
 def gains_of(suite, ours, others):
-    """Differences ((mean, interval) of the mean over the run, the same at the end) between two methods' scores (n, 2),
-    and both with n as cells of a table. None where one method has too few runs for an interval."""
+    """Differences between two methods' scores (n, 2), in the mean over the run and at the end, and n, as cells of a
+    table. None where one method has too few runs for an interval."""
     if min(len(ours), len(others)) < FEW:
         return None
     end, mean = (difference(ours[:, i], others[:, i]) for i in (0, 1))
     cells = [with_interval(*gain, DIGITS[program_of(suite)], "+") for gain in (mean, end)]
-    return mean, end, [*cells, f"{len(ours)}, {len(others)}"]
+    return [*cells, f"{len(ours)}, {len(others)}"]
 
 
 def write_gains(suite):
     """The differences between two methods each that GAINS has for a suite, as Markdown; without runs they are left
     out."""
-    names, rows, results = (
-        ["difference, 95%, uncorrected", "mean over the run", "at the end", "n"],
-        [],
-        read_suite(suite),
-    )
+    names = ["difference, 95%, uncorrected", "mean over the run", "at the end", "n"]
+    rows, results = [], read_suite(suite)
     for method, other in GAINS[suite]:
         gains = gains_of(suite, *(results[m].both if m in results else [] for m in (method, other)))
         if gains:
-            rows.append([f"{method} - {other}", *gains[2]])
+            rows.append([f"{method} - {other}", *gains])
     return markdown(names, rows)
 
 
-def prediction_text(_, better, worse, margin):
+def prediction_text(prediction):
+    _, better, worse, margin = prediction
     return f"{better} > {worse}".replace(", none", "") + (f" - {margin:.2f}" if margin else "")
 
 
@@ -519,7 +521,7 @@ def write_verdicts(judged):
             cells = [with_interval(*gain, DIGITS[program_of(prediction[0])], "+") for gain in (mean, end)]
             word = verdict(*mean[1], prediction[3])
             rows.append(
-                [claim, prediction[0], prediction_text(*prediction), word, *cells, f"{counts[0]}, {counts[1]}", "1"]
+                [claim, prediction[0], prediction_text(prediction), word, *cells, f"{counts[0]}, {counts[1]}", "1"]
             )
             claim = ""
     return markdown(names, rows)
@@ -627,7 +629,7 @@ def main(argv=None):
             print(f"{suite}: no results\n")
             continue
         DRAW.get(suite, draw_curves)(suite, results)
-        tables = {suite: write_rates_table(suite) if suite.endswith("-rates") else write_table(suite, results)}
+        tables = {suite: write_rates_table(results) if suite.endswith("-rates") else write_table(suite, results)}
         if suite in GAINS:
             tables[f"{suite} gains"] = write_gains(suite)
         if suite == "jump-noise":

@@ -459,7 +459,7 @@ def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "manifest.json").write_text("{}")
             (folder / "metrics.csv").write_text(f"global_step,eval/greedy_success\n10,{score}\n20,0.75\n")
-    assert plot.write_rates_table("a-rates").splitlines() == [
+    assert plot.write_rates_table(plot.read_suite("a-rates")).splitlines() == [
         "| method | 1e-3 | 1e-2 | n |",
         "|---|---|---|---|",
         "| a, b | **0.62 (0.75)** | 0.62 (0.75) | 2 |",  # the smaller one of two equals
