@@ -49,6 +49,17 @@ SCANS = {  # suites over a number: how a method's name tells it and what varies 
     "jump-coef": (r"(?P<group>\w+) (?P<x>[\d.]+)", "weight of the self-supervised loss (--ssl-coef)", "log"),
     "jump-depth": (r"(?P<x>\d) frozen, (?P<group>\w+)", "frozen layers from the bottom (--freeze-layers)", "linear"),
 }
+PANELS = {  # suites of more than five methods: which of them are compared in one panel of the learning curves
+    "jump-baselines": [
+        ["from scratch", "frozen, linear head", "frozen, MLP head", "finetuned"],
+        ["from scratch", "finetuned", "frozen bottom", "frozen bottom + PiSCO"],
+    ],
+    "jump-transfer": [
+        ["from scratch", "finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + PiSCO"],
+        ["frozen bottom"] + [f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency", "PiSCO")],
+    ],
+    "dmc-transfer-repeat-8": [["from scratch", "frozen", "finetuned", "frozen bottom", "frozen bottom + PiSCO"]],
+}
 # The paper's claims and what they predict: the first method's score is above the second's, or, with a margin, not
 # further below it than that. Nothing is predicted against a frozen encoder: with the learning rate that the other
 # methods have it learns far less than with its own (see benchmark/README.md).
@@ -73,7 +84,8 @@ GAINS = {
     + [(f"frozen bottom + {loss}", "frozen bottom") for loss in ("SimSiam", "CURL", "consistency")]
     + [("frozen bottom", "from scratch"), ("finetuned", "from scratch")],
 }
-REPS = 2_000  # bootstrap samples
+REPS = 2_000  # bootstrap samples of rliable
+SAMPLES = 20_000  # bootstrap samples over cells
 FEW = 5  # with fewer seeds an interval is no more than a range: points and means alone are shown
 warnings.filterwarnings("ignore", "random_state is deprecated")  # rliable hands it on to arch
 warnings.filterwarnings("ignore", "Precision loss")  # scipy, where one of two samples has no spread
@@ -141,6 +153,26 @@ def read_suite(suite):
             raise ValueError(f"{suite}, {method}: the seeds' evaluations are not at the same steps")
         results[method] = Runs(list(folders), curves[0][0], np.stack([scores for _, scores in curves]))
     return results
+
+
+def by_cell(results):
+    """{method: {cell: value}} of {"CELL, METHOD": value}."""
+    methods = {}
+    for name, value in results.items():
+        cell, method = name.split(", ", 1)
+        methods.setdefault(method, {})[cell] = value
+    return methods
+
+
+def read_scores(suite):
+    """{method: scores of Runs.both} of the kept runs, (n, 2) or, in a suite over cells, (cells, n, 2). Such a suite has
+    none until all its runs are there, with the same seeds everywhere."""
+    results = read_suite(suite)
+    if not SUITES[suite].get("cells"):
+        return {method: runs.both for method, runs in results.items()}
+    if results.keys() != SUITES[suite]["methods"].keys() or len({tuple(runs.seeds) for runs in results.values()}) > 1:
+        return {}
+    return {method: np.stack([runs.both for runs in cells.values()]) for method, cells in by_cell(results).items()}
 
 
 def read_noise():
@@ -217,48 +249,22 @@ def draw_bands(axes, x, scores, label, style):
 
 
 def draw_curves(suite, results):
-    """Learning curves as benchmark/figures/SUITE.png: in one panel, or a panel each where they are many."""
+    """Learning curves as benchmark/figures/SUITE.png, in the panels of PANELS or in one. Single runs are shown, faint,
+    where they are too few for an interval."""
     *_, step_name, score_name = columns_of(suite)
-    if len(results) > 5:
-        return draw_panels(suite, results, step_name, score_name)
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for i, (method, runs) in enumerate(results.items()):
-        axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style_of(i))
-        draw_bands(axes, runs.steps, runs.scores, method, style_of(i))
-    finish(figure, axes, suite, step_name, score_name, outside=len(results) > 4)
-
-
-def draw_panels(suite, results, step_name, score_name):
-    """A panel with the learning curves of each method, the first method's beside them in every panel."""
-    (first, reference), *_ = results.items()
-    rows = -(-len(results) // 5)
-    columns = -(-len(results) // rows)
-    size = {"figsize": (10.5, 2.4 * rows), "sharex": True, "sharey": True}
-    figure, panels = plt.subplots(rows, columns, layout="constrained", squeeze=False, **size)
-    for i, (axes, (method, runs)) in enumerate(zip(panels.flat, results.items())):
-        axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style_of(0))
-        draw_bands(axes, runs.steps, runs.scores, method, style_of(0))
-        if method != first:
-            axes.plot(reference.steps, interquartile_mean(reference.scores), color="0.4", linestyle=":")
-        axes.set_title(f"{method}\n(n = {len(runs.seeds)})", fontsize=9)
-        axes.locator_params(axis="x", nbins=3)
-        axes.tick_params(labelsize=8, labelbottom=i + columns >= len(results))  # where no panel is below
+    panels, styles = PANELS.get(suite, [list(results)]), {method: style_of(i) for i, method in enumerate(results)}
+    size = {"figsize": (5.2 * len(panels) + 2.3 * (len(panels) == 1), 4.4), "sharey": True}
+    figure, row = plt.subplots(1, len(panels), layout="constrained", squeeze=False, **size)
+    for axes, methods in zip(row[0], panels):
+        for method in (method for method in methods if method in results):
+            runs, style = results[method], styles[method]
+            if len(runs.seeds) < FEW:
+                axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style)
+            draw_bands(axes, runs.steps, runs.scores, method, style)
+        axes.set_xlabel(step_name)
         axes.grid(alpha=0.3)
-    for axes in panels.flat[len(results) :]:
-        axes.axis("off")
-    figure.supxlabel(f"{step_name} (dotted: {first})", fontsize=10)
-    figure.supylabel(score_name, fontsize=10)
-    save(figure, suite)
-
-
-def finish(figure, axes, suite, x_name, y_name, outside):
-    """Axes' names, a legend, inside or outside of them, and the file."""
-    axes.set(xlabel=x_name, ylabel=y_name)
-    axes.grid(alpha=0.3)
-    if outside:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-    else:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
+    row[0][0].set_ylabel(score_name)
     save(figure, suite)
 
 
@@ -277,9 +283,8 @@ def draw_forest(judged):
         axes.plot(-margin, y, "|", color="black", markersize=14)  # what the interval must lie above
         axes.plot(end_interval, [y + 0.28] * 2, color="0.75", linewidth=1)
         axes.plot(end, y + 0.28, "o", color="0.75", markersize=4)
-        axes.text(
-            1.01, y, f"{counts[0]}, {counts[1]}; 1", transform=axes.get_yaxis_transform(), va="center", fontsize=9
-        )
+        text = f"{counts[0]}, {counts[1]}; {counts[2]}"
+        axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     texts = [row if isinstance(row, str) else prediction_text(row[0]) for row in labels]
     axes.set_yticks(range(len(labels)), texts, fontsize=9)
     for label, row in zip(axes.get_yticklabels(), labels):
@@ -346,8 +351,10 @@ def draw_noise(suite, results):
     left.set(xlabel="noise, standard deviation in grey levels of 255", ylabel="target tasks solved (greedy)")
     left.set_title("the trained policy, observations with noise")
     left.grid(alpha=0.3)
-    right.set_title("a fresh linear policy on the frozen features")
-    finish(figure, right, suite, "environment steps", "", outside=True)
+    right.set(xlabel="environment steps", title="a fresh linear policy on the frozen features")
+    right.grid(alpha=0.3)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    save(figure, suite)
 
 
 def draw_grid(suite, results):
@@ -459,22 +466,45 @@ def holm_levels(pvalues):
     return levels
 
 
+def resampled_gains(gains):
+    """Bootstrap samples (SAMPLES,) of the mean of gains (cells, n): cells are drawn, then seeds in each."""
+    random, (cells, seeds) = np.random.default_rng(0), gains.shape
+    drawn = random.integers(cells, size=(SAMPLES, cells, 1))
+    return gains[drawn, random.integers(seeds, size=(SAMPLES, cells, seeds))].mean((1, 2))
+
+
+def compare(ours, others, margin):
+    """p-value of a gain of -margin between two methods' scores, and a function from a level to (gain, interval).
+
+    Scores (n,) and (m,) of one cell have Welch's test and interval. Scores (cells, n) are compared inside a cell with
+    the same seeds, and the percentiles of resampled_gains are the test and the interval.
+    """
+    if ours.ndim == 1:
+        flat = np.ptp(ours) == np.ptp(others) == 0  # without any spread there is no test
+        pvalue = 1.0 if flat else stats.ttest_ind(ours + margin, others, equal_var=False).pvalue
+        return pvalue, lambda level: difference(ours, others, level)
+    gains = ours - others
+    samples = resampled_gains(gains)
+    pvalue = 2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin))
+    tails = lambda level: np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])  # noqa: E731
+    return pvalue, lambda level: (float(gains.mean()), tuple(map(float, tails(level))))
+
+
 def judge(predictions, scores):
     """Gains of a claim's predictions [(suite, method, other, margin)] that have runs enough, under Holm's correction:
-    [(prediction, (mean over the run, interval), (at the end, interval), numbers of runs)]. scores {suite: {method:
-    (n, 2)}} as of Runs.both."""
-    pairs = [(p, scores[p[0]].get(p[1], []), scores[p[0]].get(p[2], [])) for p in predictions]
-    pairs = [pair for pair in pairs if min(map(len, pair[1:])) >= FEW]
+    [(prediction, (mean over the run, interval), (at the end, interval), (runs, the other's runs, cells))].
+
+    scores {suite: {method: (n, 2) or (cells, n, 2)}} are those of Runs.both.
+    """
+    pairs = [(p, *(scores[p[0]].get(method, np.empty((0, 2))) for method in p[1:3])) for p in predictions]
+    pairs = [(p, a, b) for p, a, b in pairs if min(a.size, b.size) >= 2 * FEW]
     gains = []
     for column in (1, 0):
-        samples = [(ours[:, column], others[:, column], p[3]) for p, ours, others in pairs]
-        pvalues = [  # without any spread there is no test
-            1.0 if np.ptp(a) == np.ptp(b) == 0 else stats.ttest_ind(a + margin, b, equal_var=False).pvalue
-            for a, b, margin in samples
-        ]
-        levels = holm_levels(pvalues)
-        gains.append([difference(a, b, 1 - level) for (a, b, _), level in zip(samples, levels)])
-    return [(p, *both, (len(a), len(b))) for (p, a, b), *both in zip(pairs, *gains)]
+        tests = [compare(a[..., column], b[..., column], p[3]) for p, a, b in pairs]
+        levels = holm_levels([pvalue for pvalue, _ in tests])
+        gains.append([interval(1 - level) for (_, interval), level in zip(tests, levels)])
+    counts = [(a.size // 2, b.size // 2, len(a) if a.ndim == 3 else 1) for _, a, b in pairs]
+    return [(p, *both, count) for (p, _, _), *both, count in zip(pairs, *gains, counts)]
 
 
 def gains_of(suite, ours, others):
@@ -506,8 +536,7 @@ def prediction_text(prediction):
 
 def judge_all():
     """judge's answers {claim: [...]} for all claims whose predictions have runs."""
-    results = {suite: read_suite(suite) for suite in {p[0] for found in PREDICTIONS.values() for p in found}}
-    scores = {suite: {method: runs.both for method, runs in found.items()} for suite, found in results.items()}
+    scores = {suite: read_scores(suite) for suite in {p[0] for found in PREDICTIONS.values() for p in found}}
     judged = {claim: judge(predictions, scores) for claim, predictions in PREDICTIONS.items()}
     return {claim: found for claim, found in judged.items() if found}
 
@@ -520,9 +549,8 @@ def write_verdicts(judged):
         for prediction, mean, end, counts in found:
             cells = [with_interval(*gain, DIGITS[program_of(prediction[0])], "+") for gain in (mean, end)]
             word = verdict(*mean[1], prediction[3])
-            rows.append(
-                [claim, prediction[0], prediction_text(prediction), word, *cells, f"{counts[0]}, {counts[1]}", "1"]
-            )
+            runs = [f"{counts[0]}, {counts[1]}", str(counts[2])]
+            rows.append([claim, prediction[0], prediction_text(prediction), word, *cells, *runs])
             claim = ""
     return markdown(names, rows)
 

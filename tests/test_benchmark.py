@@ -377,7 +377,7 @@ def test_a_claims_predictions_share_its_error(plot):
     scores = {"tiny": {"low": low, "high": high, "same": low + 0.01, "few": high[:4]}}
     predictions = [("tiny", "high", "low", 0.0), ("tiny", "same", "low", 0.0), ("tiny", "few", "low", 0.0)]
     (first, mean, end, counts), (second, other_mean, _, _) = plot.judge(predictions, scores)
-    assert (first, second, counts) == (*predictions[:2], (6, 6))
+    assert (first, second, counts) == (*predictions[:2], (6, 6, 1))
     assert mean == plot.difference(high[:, 1], low[:, 1], 1 - 0.05 / 2)
     assert end == plot.difference(high[:, 0], low[:, 0], 1 - 0.05 / 2)
     assert other_mean == plot.difference(low[:, 1] + 0.01, low[:, 1], 0.95)
@@ -405,6 +405,53 @@ def test_gains_in_sentences_are_those_of_the_kept_runs(monkeypatch):
     assert f"{alone} by itself with ten seeds" in " ".join((ROOT / "benchmark" / "README.md").read_text().split())
 
 
+def test_cells_are_drawn_and_then_seeds_in_them(plot):
+    """Gains of 0 and 1 in two cells without spread: a mean of 0, 0.5 and 1 with chances 1/4, 1/2 and 1/4, as with two
+    seeds of one cell. With both, four draws of 0 or 1 which are all in the upper cell with a chance of 1/4."""
+    for gains in (np.array([[0.0], [1.0]]), np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 1.0]])):
+        samples = plot.resampled_gains(gains)
+        assert [np.mean(samples == x) for x in (0.0, 0.5, 1.0)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    samples = plot.resampled_gains(np.array([[0.0, 1.0], [2.0, 3.0]]))
+    # 0: both draws of a cell are the lower one and both seeds of both draws too, 1/4 * (1/4 * 1/4)
+    assert np.mean(samples == 0.0) == pytest.approx(1 / 64, abs=0.005)
+
+
+def test_gain_over_cells_has_the_percentiles_of_its_samples(plot, monkeypatch):
+    monkeypatch.setattr(plot, "resampled_gains", lambda gains: np.arange(-1.0, 9.0))  # -1, 0, ..., 8
+    ours, others = np.array([[1.0, 2.0], [3.0, 6.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])
+    pvalue, interval = plot.compare(ours, others, 0.0)
+    assert pvalue == pytest.approx(2 * 2 / 10)  # two of ten samples are no gain
+    assert plot.compare(ours, others, 0.5)[0] == pytest.approx(2 * 1 / 10)
+    assert interval(0.8) == (2.5, pytest.approx((-0.1, 7.1)))  # the 10th and 90th percentile
+
+
+def test_predictions_over_cells_are_judged(plot):
+    base = np.zeros((3, 2, 2)) + np.array([0.0, 0.1])[:, None]  # (cells, seeds, scores)
+    better = base + np.array([0.5, 0.25])
+    ((_, mean, end, counts),) = plot.judge(
+        [("tiny", "better", "base", 0.0)], {"tiny": {"base": base, "better": better}}
+    )
+    assert mean == (0.25, pytest.approx((0.25, 0.25))) and end == (0.5, pytest.approx((0.5, 0.5)))
+    assert counts == (6, 6, 3)
+
+
+def test_suite_over_cells_is_read_when_it_is_complete(plot, tmp_path, monkeypatch):
+    methods = {f"cell {cell}, {method}": "" for cell in (1, 2) for method in ("a, b", "c")}
+    monkeypatch.setitem(plot.SUITES, "cells", {"program": "ppo_pisco.py", "cells": True, "methods": methods})
+    for i, name in enumerate(methods):
+        assert plot.read_scores("cells") == {}
+        for seed in (1, 2):
+            folder = tmp_path / "cells" / name.replace(" ", "_") / str(seed)
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text("{}")
+            (folder / "metrics.csv").write_text(f"global_step,eval/greedy_success\n10,{i}\n20,{seed}\n")
+    scores = plot.read_scores("cells")
+    assert list(scores) == ["a, b", "c"] and scores["a, b"].shape == (2, 2, 2)
+    assert scores["c"].tolist() == [[[1, 1.0], [2, 1.5]], [[1, 2.0], [2, 2.5]]]  # cell, seed: end, mean
+    (folder / "manifest.json").unlink()
+    assert plot.read_scores("cells") == {}
+
+
 def test_pair_without_spread_passes_no_test(plot):
     """It must not take the strictest level from a pair that has a test."""
     clear = np.array([[0.0, 0.1], [0.1, 0.0]] * 3)
@@ -418,13 +465,13 @@ def test_verdicts_table_and_forest(plot, monkeypatch):
     monkeypatch.setitem(plot.SUITES, "other", {"program": "drqv2_pisco.py", "methods": {}})
     judged = {
         "a claim": [
-            (("tiny", "one", "two", 0.0), (0.25, (0.125, 0.375)), (0.5, (0.25, 0.75)), (5, 6)),
-            (("other", "one", "two", 0.1), (-0.25, (-0.5, 0.0)), (0.0, (np.nan, np.nan)), (7, 8)),
+            (("tiny", "one", "two", 0.0), (0.25, (0.125, 0.375)), (0.5, (0.25, 0.75)), (5, 6, 1)),
+            (("other", "one", "two", 0.1), (-0.25, (-0.5, 0.0)), (0.0, (np.nan, np.nan)), (14, 14, 2)),
         ]
     }
     assert plot.write_verdicts(judged).splitlines()[2:] == [
         "| a claim | tiny | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [+0.25, +0.75] | 5, 6 | 1 |",
-        "|  | other | one > two - 0.10 | inconclusive | -0 [-0, +0] | +0 [?, ?] | 7, 8 | 1 |",
+        "|  | other | one > two - 0.10 | inconclusive | -0 [-0, +0] | +0 [?, ?] | 14, 14 | 2 |",
     ]
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, name: figures.append((figure, name)))
@@ -444,7 +491,7 @@ def test_verdicts_table_and_forest(plot, monkeypatch):
     ]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "|"] == [0.0, -0.1]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_markersize() == 4] == [0.5, 0.0]
-    assert [text.get_text() for text in axes.texts] == ["5, 6; 1", "7, 8; 1", "runs; cells"]
+    assert [text.get_text() for text in axes.texts] == ["5, 6; 1", "14, 14; 2", "runs; cells"]
 
 
 def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
