@@ -50,7 +50,9 @@ class Args:
     suite: tyro.conf.Positional[str]
     """a suite of benchmark/suites.py"""
     seeds: int = 3
-    """every method runs with the seeds 1..SEEDS"""
+    """every method runs with so many seeds"""
+    first_seed: int = 1
+    """and these begin here"""
     methods: tuple[str, ...] = ()
     """only these methods of the suite"""
     cpus: float = 1
@@ -102,7 +104,8 @@ def choose_runs(args):
         args.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--results {args.results}: {error.strerror}; name a folder that can be written") from error
-    return [Run(args.suite, method, seed) for seed in range(1, args.seeds + 1) for method in methods]
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    return [Run(args.suite, method, seed) for seed in seeds for method in methods]
 
 
 def is_finished(run, results):

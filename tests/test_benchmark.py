@@ -119,6 +119,8 @@ def test_runs_go_seed_by_seed(runner, capsys, tmp_path):
     assert [(run.method, run.seed) for run in runs] == [
         ("one method", 1), ("failing", 1), ("one method", 2), ("failing", 2)
     ]  # fmt: skip
+    late = runner.choose_runs(runner.Args(suite="tiny", seeds=2, first_seed=101, results=tmp_path))
+    assert [run.seed for run in late] == [101, 101, 102, 102]
     assert runs[0].command.startswith("python /") and runs[0].command.endswith("program.py --lr 1 --x 2 --seed 1")
     assert runner.main(["tiny", "--seeds", "1", "--methods", "failing", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
