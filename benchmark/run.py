@@ -37,7 +37,7 @@ from suites import SUITES, folder_of, weights_folder  # noqa: E402
 RESULTS = ROOT / "benchmark" / "results"
 WORK = ROOT / "benchmark" / "runs"  # unfinished runs
 KEPT = ("metrics.csv", "evaluation.json")
-NETWORKS = ("encoder.safetensors", "model.safetensors")  # for further measurements, too large for the results
+NETWORKS = ("args.json", "encoder.safetensors", "model.safetensors")  # for further measurements, not in the results
 PACKAGES = ("torch", "gymnasium", "envpool", "dm-control", "mujoco", "numpy")
 
 

@@ -18,10 +18,14 @@ def weights_folder(work, flags):
     return work / "weights" / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
 
 
-def source_encoder(source):
-    """The path of the encoder that the first seed of dmc-source leaves for a source task."""
-    flags = f"{DMC_OFFICIAL} {DMC_SOURCES[source]} --seed 1".split()
-    return weights_folder(Path("benchmark/runs"), flags) / "encoder.safetensors"
+def encoder_of(flags, seed):
+    """The path of the encoder that a run of a suite with these program and flags leaves on its machine."""
+    return weights_folder(Path("benchmark/runs"), f"{flags} --seed {seed}".split()) / "encoder.safetensors"
+
+
+def join(tasks):
+    """Jump's tasks [(obstacle, floor)] as --jump-tasks takes them."""
+    return ",".join(f"{obstacle}:{floor}" for obstacle, floor in tasks)
 
 
 # DrQ-v2 on two CPU cores: its own settings but for smaller images and batches and plain rendering.
@@ -34,6 +38,14 @@ DMC_REPEAT_8 = (
     "--bf16 --action-repeat 8 --update-every 1 --hidden-dim 256 --learning-rate 3e-4 --gamma 0.96 --nstep 1 --tau 0.02 "
     "--stddev-end 0.2 --stddev-steps 5000 --seed-frames 2000 --explore-steps 250"
 )
+BALANCE = "encoders/cartpole-balance__drqv2__rl.safetensors"
+DMC_REUSE = {
+    "from scratch": "--encoder-weights none --ssl none",
+    "frozen": "--freeze-layers 4 --ssl none",
+    "finetuned": "--freeze-layers 0 --ssl none",
+    "frozen bottom": "--freeze-layers 2 --ssl none",
+    "frozen bottom + PiSCO": "--freeze-layers 2 --ssl pisco",
+}
 
 # DrQ-v2 with its own settings, for a GPU
 DMC_OFFICIAL = "drqv2_pisco.py --encoder-weights none --ssl none --total-frames 100000"
@@ -45,6 +57,7 @@ DMC_SOURCES = {
     "walker-walk": f"--env-id walker-walk {DMC_WALKER}",
     "hopper-stand": "--env-id hopper-stand",
 }
+DMC_ENCODERS = {source: encoder_of(f"{DMC_OFFICIAL} {flags}", 1) for source, flags in DMC_SOURCES.items()}
 DMC_TARGETS = {  # target task: its source and its own flags
     "cartpole-swingup": ("cartpole-balance", ""),
     "walker-walk": ("walker-stand", DMC_WALKER),
@@ -65,7 +78,7 @@ JUMP_FROZEN = "--freeze-layers 2"  # the bottom: the two layers whose stride is 
 COEF = {"pisco": 0.1, "simsiam": 0.1, "curl": 0.03, "consistency": 0.3}
 SSL = {name: f"--ssl {name} --ssl-coef {coef}" for name, coef in COEF.items()} | {"none": "--ssl none"}
 # The seven obstacles of source and target on a floor of neither: what jump-coef chooses by.
-VALIDATION = ",".join(f"{obstacle}:26" for obstacle in range(20, 45, 4))
+VALIDATION = join((obstacle, 26) for obstacle in range(20, 45, 4))
 JUMP_VALIDATION = f"ppo_pisco.py --jump-tasks {VALIDATION} {JUMP_FROZEN} --total-timesteps 51200"
 SCRATCH = "--encoder-weights none --freeze-layers 0"
 STATE = "--encoder-weights encoders/jump-v0__nature__state.safetensors"
@@ -117,6 +130,21 @@ STATE_BASELINES = {
     "state encoder, finetuned": f"ppo_pisco.py {STATE} --freeze-layers 0 --ssl none",
 }
 
+# Pairs of source and target tasks. Two frozen layers have a stride of 8 pixels: only on lattices of 8 do they see a
+# target task as they saw a source task, at another place.
+CHECKERS_8 = [(x, y) for x in range(20, 45, 8) for y in (2, 10, 18)]
+CHECKERS_4 = [(x, y) for x in range(20, 45, 4) for y in (10, 14, 18)]
+SPLITS = {  # name: source tasks, target tasks
+    "lattice 8 floors": ("source", "target"),
+    "lattice 8 checkers": tuple(join((x, y) for x, y in CHECKERS_8 if (x + y) % 16 == colour) for colour in (6, 14)),
+    "lattice 4 checkers": tuple(join((x, y) for x, y in CHECKERS_4 if (x + y) % 8 == colour) for colour in (6, 2)),
+    "lattice 5 grid": (
+        join((x, y) for x in (20, 30, 40) for y in (10, 20)),
+        join((x, y) for x in (25, 35, 45) for y in (5, 15, 25)),
+    ),
+}
+JUMP_SOURCE = f"ppo_pisco.py {SCRATCH} --ssl none --total-timesteps 299008 --eval-interval 30720"
+
 
 def over_rates(methods):
     """A suite that gives every method every learning rate, on the validation tasks, with half as many evaluations."""
@@ -140,6 +168,15 @@ SUITES = {
         },
     },
     "jump-loss-rates": over_rates(FURTHER_LOSSES),
+    # The encoders of jump-cells, two seeds, and those of jump-impala.
+    "jump-sources": {
+        "program": JUMP_SOURCE,
+        "methods": {split: f"--jump-tasks {source}" for split, (source, _) in SPLITS.items()},
+    },
+    "jump-impala-sources": {
+        "program": f"{JUMP_SOURCE} --encoder impala",
+        "methods": {"lattice 8 floors": "--jump-tasks source"},
+    },
     "jump-state-rates": over_rates(STATE_BASELINES),
     # The README's main command beside the same number of steps from scratch.
     "quickstart": QUICKSTART,
@@ -214,14 +251,20 @@ SUITES = {
     "dmc-transfer-repeat-8": {
         "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 50000 --eval-interval 5000",
         "methods": {
-            "from scratch": "--encoder-weights none --ssl none",
-            "frozen": "--freeze-layers 4 --ssl none",
-            "finetuned": "--freeze-layers 0 --ssl none",
-            "frozen bottom": "--freeze-layers 2 --ssl none",
-            "frozen bottom + PiSCO": "--freeze-layers 2 --ssl pisco",
+            **DMC_REUSE,
             # In the loss too sigma falls from 1 to 0.2, which makes it 25 times as heavy.
             "frozen bottom + PiSCO, scheduled sigma": "--freeze-layers 2 --ssl pisco --pisco-std schedule",
         },
+    },
+    # The same settings and encoder on an easier task and in longer runs, where something is learned.
+    "dmc-sparse": {
+        "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-balance_sparse --total-frames 100000 "
+        f"--eval-interval 10000 --encoder-weights {BALANCE}",
+        "methods": {name: flags for name, flags in DMC_REUSE.items() if name != "frozen bottom"},
+    },
+    "dmc-swingup": {
+        "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 200000 --eval-interval 20000",
+        "methods": DMC_REUSE,
     },
     # To compare with the official agent's published scores.
     "dmc-official": {
@@ -238,7 +281,7 @@ SUITES = {
     "dmc-transfer": {
         "program": "drqv2_pisco.py --total-frames 100000",
         "methods": {
-            f"{target}, {method}": f"--env-id {target} {own} {flags.format(source_encoder(source))}"
+            f"{target}, {method}": f"--env-id {target} {own} {flags.format(DMC_ENCODERS[source])}"
             for target, (source, own) in DMC_TARGETS.items()
             for method, flags in DMC_METHODS.items()
         },

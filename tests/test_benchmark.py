@@ -73,6 +73,10 @@ DIGESTS = {
     "dmc-small": "8c9840080f0e",
     "dmc-small-two-cores": "989ae020ddce",
     "dmc-transfer-repeat-8": "839509d6325b",
+    "jump-sources": "46bd84997012",
+    "jump-impala-sources": "1394afbf8bce",
+    "dmc-sparse": "ddf528af3452",
+    "dmc-swingup": "367faabb5859",
     "dmc-official": "c1a3fbdb854f",
     "dmc-source": "caaedd03b9ff",
     "dmc-transfer": "8bd15853512e",
@@ -161,7 +165,7 @@ def test_finished_run_is_kept_and_skipped(runner, capsys):
     assert manifest["commit"] == "abc"
     assert not run.folder(runner.WORK).exists()
     weights = runner.weights_folder(runner.WORK, run.flags)
-    assert sorted(path.name for path in weights.iterdir()) == ["command.txt", "encoder.safetensors"]
+    assert sorted(path.name for path in weights.iterdir()) == ["args.json", "command.txt", "encoder.safetensors"]
     assert (weights / "command.txt").read_text() == run.command + "\n"
     assert runner.is_finished(run, runner.RESULTS)
     only = ["tiny", "--seeds", "1", "--methods", "one method"]
