@@ -4,9 +4,10 @@
 
 Takes the flags of `ppo_pisco.py` and trains with them, unless benchmark/run.py has done so on this machine. Then
 
-- it plays the target tasks and the grid greedily while every pixel gets Gaussian noise, of growing standard deviation,
-- and it trains a fresh linear policy on the encoder's final features, all of its layers frozen, without any
-  self-supervised loss: the learning curve tells how easy they are to learn from.
+- it plays the run's tasks and the grid greedily while every pixel gets Gaussian noise, of growing standard deviation,
+- and it trains a fresh head of one hidden layer on the encoder's final features, all of its layers frozen, without any
+  self-supervised loss: the learning curve tells how easy they are to learn from. Head and learning rate are those that
+  a frozen encoder does best with (jump-rates).
 
 Leaves the second training's run folder, with the noise's results in its evaluation.json under "noise".
 """
@@ -28,7 +29,9 @@ import ppo_pisco  # noqa: E402
 WORK = ROOT / "benchmark" / "runs"
 STDS = (0, 2, 4, 8, 16, 32, 64)  # grey levels of 255
 DRAWS = 5  # of the noise, for every standard deviation
-HEAD = ["--freeze-layers", "all", "--ssl", "none", "--total-timesteps", "51200", "--eval-interval", "2048"]
+HEAD = (
+    "--freeze-layers all --ssl none --head-layers 1 --learning-rate 3e-3 --total-timesteps 51200 --eval-interval 5120"
+).split()
 
 
 def run_ppo(flags):
@@ -46,24 +49,24 @@ def trained_folder(flags, runs_dir):
 
 
 def load_policy(folder):
-    """The encoder, the policy head and the value head of a run of ppo_pisco.py on MSR Jump."""
-    args, obs_shape = ppo_pisco.Args(ssl="none"), (1, 60, 60)
+    """The arguments of a run of ppo_pisco.py on MSR Jump, and its encoder, policy head and value head."""
+    args = ppo_pisco.Args(**json.loads((folder / "args.json").read_text()) | {"ssl": "none"})
+    obs_shape = (1, 60, 60)
     agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, obs_shape), obs_shape, 2)
     agent.to(memory_format=torch.channels_last)
     tensors = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
     agent.load_state_dict({name: tensor for name, tensor in tensors.items() if name in agent.state_dict()})
-    return agent
+    return args, agent
 
 
 @torch.no_grad()
 def noise_table(folder):
-    """{standard deviation: {"target": share of solved tasks, "grid": the same}} of the greedy policy in `folder`."""
-    args = ppo_pisco.Args(ssl="none")
-    tasks = ppo_pisco.evaluation_tasks(args)
-    envs = ppo_pisco.ImageEnvs(args, len(tasks), evaluation=True)
-    agent = load_policy(folder)
-    count = len(ppo_pisco.parse_jump_tasks(args.jump_tasks))
+    """{standard deviation: {"target": share of solved tasks, "grid": the same}} of the greedy policy in `folder`, on
+    the run's own tasks and on the grid."""
+    args, agent = load_policy(folder)
+    tasks, count = ppo_pisco.evaluation_tasks(args), len(ppo_pisco.parse_jump_tasks(args.jump_tasks))
     grid = [tasks.index(task) for task in ppo_pisco.JUMP_GRID]
+    envs = ppo_pisco.ImageEnvs(args, len(tasks), evaluation=True)
     torch.manual_seed(0)  # the same noise for every method and seed
     table = {}
     for std in STDS:
@@ -80,18 +83,19 @@ def noise_table(folder):
 def main(argv=None):
     """Runs the command line `argv`. Returns the exit code, ppo_pisco.py's where that fails."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    runs_dir = Path(argv[argv.index("--runs-dir") + 1] if "--runs-dir" in argv else "runs")
     try:
         if "--resume" in argv:
             folder = Path(argv[argv.index("--resume") + 1])
             networks = Path(json.loads((folder / "args.json").read_text())["encoder_weights"]).parent
             run_ppo(argv)
         else:
-            runs_dir = Path(argv[argv.index("--runs-dir") + 1] if "--runs-dir" in argv else "runs")
             flags = [word for word in argv if word not in ("--runs-dir", str(runs_dir))]
             networks = trained_folder(flags, runs_dir)
-            seed = flags[flags.index("--seed") + 1] if "--seed" in flags else "1"
+            args = json.loads((networks / "args.json").read_text())
             encoder = ["--encoder-weights", str(networks / "encoder.safetensors"), "--exp-name", "head"]
-            run_ppo([*encoder, *HEAD, "--seed", seed, "--runs-dir", str(runs_dir)])
+            same = ["--jump-tasks", args["jump_tasks"], "--seed", str(args["seed"]), "--runs-dir", str(runs_dir)]
+            run_ppo([*encoder, *HEAD, *same])
             folder = max(runs_dir.glob("*__head__*/args.json"), key=lambda path: path.stat().st_mtime).parent
     except subprocess.CalledProcessError as error:
         return error.returncode

@@ -76,7 +76,8 @@ PREDICTIONS = {
         )
     ],
 }  # fmt: skip
-EQUAL = 0.1  # a gain whose interval lies within it is no difference
+MAXIMUM = {"ppo_pisco.py": 1, "drqv2_pisco.py": 1000}  # predictions are judged by shares of the highest score
+EQUAL = {"ppo_pisco.py": 0.1, "drqv2_pisco.py": 0.05}  # a gain whose interval lies within it is no difference
 VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.3"}
 # Further differences that benchmark/README.md speaks of: suite: [(method, other), ...]
 GAINS = {
@@ -102,12 +103,12 @@ class Runs(NamedTuple):
 
     seeds: list
     steps: np.ndarray  # (E,) float64
-    scores: np.ndarray  # (n, E) float64
+    scores: np.ndarray  # (n, E) or, over cells, (cells, n, E) float64
 
     @property
     def both(self):
-        """Every run's last score and its mean score, (n, 2) float64."""
-        return np.stack([self.scores[:, -1], self.scores.mean(1)], 1)
+        """Every run's last score and its mean score, (n, 2) or (cells, n, 2) float64."""
+        return np.stack([self.scores[..., -1], self.scores.mean(-1)], -1)
 
 
 def program_of(suite):
@@ -155,24 +156,25 @@ def read_suite(suite):
     return results
 
 
-def by_cell(results):
-    """{method: {cell: value}} of {"CELL, METHOD": value}."""
+def over_cells(suite, results):
+    """{method: Runs over cells} of a suite whose methods' names are "CELL, METHOD"; none until all its runs are there,
+    with the same seeds everywhere."""
+    if results.keys() != SUITES[suite]["methods"].keys() or len({tuple(runs.seeds) for runs in results.values()}) > 1:
+        return {}
     methods = {}
-    for name, value in results.items():
-        cell, method = name.split(", ", 1)
-        methods.setdefault(method, {})[cell] = value
-    return methods
+    for name, runs in results.items():
+        methods.setdefault(name.split(", ", 1)[1], []).append(runs)
+    return {
+        name: Runs(found[0].seeds, found[0].steps, np.stack([runs.scores for runs in found]))
+        for name, found in methods.items()
+    }
 
 
 def read_scores(suite):
-    """{method: scores of Runs.both} of the kept runs, (n, 2) or, in a suite over cells, (cells, n, 2). Such a suite has
-    none until all its runs are there, with the same seeds everywhere."""
+    """{method: scores of Runs.both, as shares of the highest} of the kept runs."""
     results = read_suite(suite)
-    if not SUITES[suite].get("cells"):
-        return {method: runs.both for method, runs in results.items()}
-    if results.keys() != SUITES[suite]["methods"].keys() or len({tuple(runs.seeds) for runs in results.values()}) > 1:
-        return {}
-    return {method: np.stack([runs.both for runs in cells.values()]) for method, cells in by_cell(results).items()}
+    results = over_cells(suite, results) if SUITES[suite].get("cells") else results
+    return {method: runs.both / MAXIMUM[program_of(suite)] for method, runs in results.items()}
 
 
 def read_noise():
@@ -240,25 +242,38 @@ def save(figure, name):
     plt.close(figure)
 
 
+def resample(scores):
+    """Bootstrap samples (SAMPLES, ...) of the mean of scores (cells, n, ...): cells are drawn, then seeds in each."""
+    random, (cells, seeds) = np.random.default_rng(0), scores.shape[:2]
+    drawn = random.integers(cells, size=(SAMPLES, cells, 1))
+    return scores[drawn, random.integers(seeds, size=(SAMPLES, cells, seeds))].mean((1, 2))
+
+
 def draw_bands(axes, x, scores, label, style):
-    """Interquartile mean of scores (n, X) over x, with its interval where there are seeds enough."""
-    point, (low, high) = aggregate(scores)
-    if len(scores) >= FEW:
+    """Interquartile mean of scores (n, X) over x, or mean of scores (cells, n, X), with an interval where there are runs
+    enough."""
+    if scores.ndim == 3:
+        point, (low, high) = scores.mean((0, 1)), np.quantile(resample(scores), [0.025, 0.975], axis=0)
+    else:
+        point, (low, high) = aggregate(scores)
+    count = scores[..., 0].size
+    if count >= FEW:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axes.plot(x, point, linewidth=2.2, label=f"{label} (n = {len(scores)})", **style)
+    axes.plot(x, point, linewidth=2.2, label=f"{label} (n = {count})", **style)
 
 
 def draw_curves(suite, results):
     """Learning curves as benchmark/figures/SUITE.png, in the panels of PANELS or in one. Single runs are shown, faint,
     where they are too few for an interval."""
     *_, step_name, score_name = columns_of(suite)
+    results = over_cells(suite, results) if SUITES[suite].get("cells") else results
     panels, styles = PANELS.get(suite, [list(results)]), {method: style_of(i) for i, method in enumerate(results)}
     size = {"figsize": (5.2 * len(panels) + 2.3 * (len(panels) == 1), 4.4), "sharey": True}
     figure, row = plt.subplots(1, len(panels), layout="constrained", squeeze=False, **size)
     for axes, methods in zip(row[0], panels):
         for method in (method for method in methods if method in results):
             runs, style = results[method], styles[method]
-            if len(runs.seeds) < FEW:
+            if runs.scores.ndim == 2 and len(runs.seeds) < FEW:
                 axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style)
             draw_bands(axes, runs.steps, runs.scores, method, style)
         axes.set_xlabel(step_name)
@@ -276,8 +291,8 @@ def draw_forest(judged):
     for y, row in enumerate(labels):
         if isinstance(row, str):
             continue
-        (_, _, _, margin), (mean, interval), (end, end_interval), counts = row
-        colour = VERDICTS[verdict(*interval, margin)]
+        (suite, _, _, margin), (mean, interval), (end, end_interval), counts = row
+        colour = VERDICTS[verdict(*interval, margin, EQUAL[program_of(suite)])]
         axes.plot(interval, [y, y], color=colour, linewidth=2.5)
         axes.plot(mean, y, "o", color=colour, markersize=7)
         axes.plot(-margin, y, "|", color="black", markersize=14)  # what the interval must lie above
@@ -295,7 +310,8 @@ def draw_forest(judged):
     axes.grid(axis="x", alpha=0.3)
     axes.text(1.01, -0.25, "runs; cells", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     axes.set_xlabel(
-        "gain in tasks solved: mean over the run (thin: at the end), intervals corrected within a claim", fontsize=9
+        "gain as a share of the highest score: mean over the run (thin: at the end), corrected within a claim",
+        fontsize=9,
     )
     handles = [plt.Line2D([], [], color=colour, marker="o", linewidth=2.5) for colour in VERDICTS.values()]
     figure.legend(handles, VERDICTS, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -444,13 +460,14 @@ def write_rates_table(results):
     return markdown(["method", *rates, "n"], rows)
 
 
-def verdict(low, high, margin):
-    """What an interval of a gain says of the prediction that the gain is above -margin."""
+def verdict(low, high, margin, equal):
+    """What an interval of a gain says of the prediction that the gain is above -margin; within +-equal of zero there is
+    no difference."""
     if low > -margin:
         return "supported"
     if high < -margin:
         return "contradicted"
-    return "no difference" if -EQUAL < low and high < EQUAL else "inconclusive"
+    return "no difference" if -equal < low and high < equal else "inconclusive"
 
 
 def holm_levels(pvalues):
@@ -466,25 +483,18 @@ def holm_levels(pvalues):
     return levels
 
 
-def resampled_gains(gains):
-    """Bootstrap samples (SAMPLES,) of the mean of gains (cells, n): cells are drawn, then seeds in each."""
-    random, (cells, seeds) = np.random.default_rng(0), gains.shape
-    drawn = random.integers(cells, size=(SAMPLES, cells, 1))
-    return gains[drawn, random.integers(seeds, size=(SAMPLES, cells, seeds))].mean((1, 2))
-
-
 def compare(ours, others, margin):
     """p-value of a gain of -margin between two methods' scores, and a function from a level to (gain, interval).
 
     Scores (n,) and (m,) of one cell have Welch's test and interval. Scores (cells, n) are compared inside a cell with
-    the same seeds, and the percentiles of resampled_gains are the test and the interval.
+    the same seeds, and the percentiles of resample are the test and the interval.
     """
     if ours.ndim == 1:
         flat = np.ptp(ours) == np.ptp(others) == 0  # without any spread there is no test
         pvalue = 1.0 if flat else stats.ttest_ind(ours + margin, others, equal_var=False).pvalue
         return pvalue, lambda level: difference(ours, others, level)
     gains = ours - others
-    samples = resampled_gains(gains)
+    samples = resample(gains)
     pvalue = 2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin))
     tails = lambda level: np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])  # noqa: E731
     return pvalue, lambda level: (float(gains.mean()), tuple(map(float, tails(level))))
@@ -547,8 +557,8 @@ def write_verdicts(judged):
     rows = []
     for claim, found in judged.items():
         for prediction, mean, end, counts in found:
-            cells = [with_interval(*gain, DIGITS[program_of(prediction[0])], "+") for gain in (mean, end)]
-            word = verdict(*mean[1], prediction[3])
+            cells = [with_interval(*gain, 2, "+") for gain in (mean, end)]
+            word = verdict(*mean[1], prediction[3], EQUAL[program_of(prediction[0])])
             runs = [f"{counts[0]}, {counts[1]}", str(counts[2])]
             rows.append([claim, prediction[0], prediction_text(prediction), word, *cells, *runs])
             claim = ""
@@ -625,27 +635,6 @@ def draw_tasks():
     save(figure, "jump_tasks")
 
 
-def draw_heatmap(folder):
-    """Which tasks a run's greedy policy solves, from the evaluation.json in its folder, as figures/heatmap.png."""
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    solved, trained = evaluation["greedy"]["solved"], evaluation["greedy"]["trained_tasks"]
-    places = {name: tuple(map(int, name.split(":"))) for name in solved}
-    blue, vermilion = COLOURS[:2]
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, (x, y) in places.items():
-        square = {"facecolor": blue if solved[name] else vermilion, "edgecolor": "white"}
-        axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, **square))
-    for x, y in (places[name] for name in trained):
-        axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2.5))
-    own = np.mean([solved[name] for name in trained])
-    grid = np.mean([solved[f"{x}:{y}"] for x, y in ppo_pisco.JUMP_GRID])
-    axes.set(xlim=(19, 46), ylim=(9, 21), xlabel="obstacle (pixels)", ylabel="floor (pixels)")
-    axes.set_title(f"solved: {own:.0%} of the trained tasks (outlined), {grid:.0%} of the grid (greedy)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (blue, vermilion)]
-    figure.legend(handles, ["solved", "not solved"], loc="outside lower center", ncols=2, frameon=False)
-    save(figure, "heatmap")
-
-
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.suite not in ("all", *SUITES):
@@ -656,7 +645,8 @@ def main(argv=None):
         if not results:
             print(f"{suite}: no results\n")
             continue
-        DRAW.get(suite, draw_curves)(suite, results)
+        if any(f"figures/{suite}.png" in page.read_text() for page in PAGES):
+            DRAW.get(suite, draw_curves)(suite, results)
         tables = {suite: write_rates_table(results) if suite.endswith("-rates") else write_table(suite, results)}
         if suite in GAINS:
             tables[f"{suite} gains"] = write_gains(suite)
@@ -665,10 +655,8 @@ def main(argv=None):
         for name, table in tables.items():
             insert_table(name, table)
             print(f"{name}\n{table}\n")
-    if args.suite in ("all", "quickstart"):
-        draw_tasks()
-        draw_heatmap(folder_of(RESULTS, "quickstart", "freeze 2 + PiSCO") / "1")
     if args.suite == "all":
+        draw_tasks()
         judged = judge_all()
         draw_forest(judged)
         insert_table("verdicts", write_verdicts(judged))

@@ -207,21 +207,6 @@ SUITES = {
             "state encoder, finetuned": f"ppo_pisco.py {STATE} --freeze-layers 0 {SSL['none']}",
         },
     },
-    # The encoders and policies of jump-transfer: do they stand noise, and how fast does a linear policy learn on them?
-    "jump-noise": {
-        "program": "benchmark/jump_noise.py",
-        "methods": {
-            method: JUMP_TRANSFER[method]
-            for method in (
-                "from scratch",
-                "frozen",
-                "finetuned",
-                "finetuned + PiSCO",
-                "frozen bottom",
-                "frozen bottom + PiSCO",
-            )
-        },
-    },
     # Generalisation from 18 tasks to the grid's 286.
     "jump-grid": {
         "program": f"ppo_pisco.py {SCRATCH} --total-timesteps 307200 --eval-interval 30720",

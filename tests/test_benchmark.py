@@ -68,7 +68,6 @@ DIGESTS = {
     "jump-transfer": "3b8bd14bea2e",
     "jump-depth": "440460c133db",
     "jump-state": "9c5941fed68f",
-    "jump-noise": "c4da6f424915",
     "jump-grid": "bb6e3afc65f0",
     "dmc-small": "8c9840080f0e",
     "dmc-small-two-cores": "989ae020ddce",
@@ -325,7 +324,7 @@ def test_suite_may_name_its_score(plot, monkeypatch):
     ],
 )
 def test_verdict(plot, low, high, margin, expected):
-    assert plot.verdict(low, high, margin) == expected
+    assert plot.verdict(low, high, margin, 0.1) == expected
 
 
 def test_claims_and_gains_name_methods_of_their_suites(plot):
@@ -345,7 +344,8 @@ def test_difference_has_welchs_interval(plot):
     gain, interval = plot.difference(np.array([1.0, 1.0]), np.array([0.5, 0.5]))
     assert gain == 0.5 and np.isnan(interval).all()
     assert (
-        plot.with_interval(gain, interval, 2, "+") == "+0.50 [?, ?]" and plot.verdict(*interval, 0.0) == "inconclusive"
+        plot.with_interval(gain, interval, 2, "+") == "+0.50 [?, ?]"
+        and plot.verdict(*interval, 0.0, 0.1) == "inconclusive"
     )
 
 
@@ -415,15 +415,15 @@ def test_cells_are_drawn_and_then_seeds_in_them(plot):
     """Gains of 0 and 1 in two cells without spread: a mean of 0, 0.5 and 1 with chances 1/4, 1/2 and 1/4, as with two
     seeds of one cell. With both, four draws of 0 or 1 which are all in the upper cell with a chance of 1/4."""
     for gains in (np.array([[0.0], [1.0]]), np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 1.0]])):
-        samples = plot.resampled_gains(gains)
+        samples = plot.resample(gains)
         assert [np.mean(samples == x) for x in (0.0, 0.5, 1.0)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
-    samples = plot.resampled_gains(np.array([[0.0, 1.0], [2.0, 3.0]]))
+    samples = plot.resample(np.array([[0.0, 1.0], [2.0, 3.0]]))
     # 0: both draws of a cell are the lower one and both seeds of both draws too, 1/4 * (1/4 * 1/4)
     assert np.mean(samples == 0.0) == pytest.approx(1 / 64, abs=0.005)
 
 
 def test_gain_over_cells_has_the_percentiles_of_its_samples(plot, monkeypatch):
-    monkeypatch.setattr(plot, "resampled_gains", lambda gains: np.arange(-1.0, 9.0))  # -1, 0, ..., 8
+    monkeypatch.setattr(plot, "resample", lambda gains: np.arange(-1.0, 9.0))  # -1, 0, ..., 8
     ours, others = np.array([[1.0, 2.0], [3.0, 6.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])
     pvalue, interval = plot.compare(ours, others, 0.0)
     assert pvalue == pytest.approx(2 * 2 / 10)  # two of ten samples are no gain
@@ -477,7 +477,7 @@ def test_verdicts_table_and_forest(plot, monkeypatch):
     }
     assert plot.write_verdicts(judged).splitlines()[2:] == [
         "| a claim | tiny | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [+0.25, +0.75] | 5, 6 | 1 |",
-        "|  | other | one > two - 0.10 | inconclusive | -0 [-0, +0] | +0 [?, ?] | 14, 14 | 2 |",
+        "|  | other | one > two - 0.10 | inconclusive | -0.25 [-0.50, +0.00] | +0.00 [?, ?] | 14, 14 | 2 |",
     ]
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, name: figures.append((figure, name)))
