@@ -1,6 +1,6 @@
-"""When do the trained policies of jump-transfer jump?
+"""When do the trained policies of jump-baselines jump?
 
-    python benchmark/run.py jump-transfer --seeds 10 --results again     # leaves the networks on this machine
+    python benchmark/run.py jump-baselines --seeds 10 --results again     # leaves the networks on this machine
     python benchmark/jump_moments.py
 
 Lets every run's policy walk through every target task and asks it at each step, before it has jumped once. An agent in
@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from jump_noise import WORK, load_policy  # noqa: E402
-from suites import JUMP_TRANSFER, weights_folder  # noqa: E402
+from suites import SUITES, weights_folder  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
@@ -51,7 +51,7 @@ def moments(probabilities, right):
 
 def measure(method, seed, folder, tasks):
     """The CSV's rows of one run, whose networks are in `folder`."""
-    policy, rows = load_policy(folder), []
+    (_, policy), rows = load_policy(folder), []
     for (obstacle, floor), probabilities in zip(tasks, jump_probabilities(policy, tasks)):
         greedy, reach = moments(probabilities, obstacle - AHEAD)
         row = {"method": method, "seed": seed, "obstacle": obstacle, "floor": floor, "right": obstacle - AHEAD}
@@ -61,11 +61,11 @@ def measure(method, seed, folder, tasks):
 
 def main():
     tasks, rows = ppo_pisco.JUMP_TASK_SETS["target"], []
-    for method, flags in JUMP_TRANSFER.items():
+    for method, flags in SUITES["jump-baselines"]["methods"].items():
         for seed in range(1, 11):
-            folder = weights_folder(WORK, f"ppo_pisco.py {flags} --seed {seed}".split())
+            folder = weights_folder(WORK, f"{flags} --seed {seed}".split())
             if not (folder / "model.safetensors").exists():
-                command = "python benchmark/run.py jump-transfer --seeds 10 --results again"
+                command = "python benchmark/run.py jump-baselines --seeds 10 --results again"
                 print(
                     f"jump_moments.py: error: the networks of {method}, seed {seed} are not on this machine; "
                     f"make them with {command}", file=sys.stderr,

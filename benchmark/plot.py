@@ -250,7 +250,7 @@ def resample(scores):
 
 
 def draw_bands(axes, x, scores, label, style):
-    """Interquartile mean of scores (n, X) over x, or mean of scores (cells, n, X), with an interval where there are runs
+    """Interquartile mean of scores (n, X) over x, or mean of scores (cells, n, X), with an interval if there are runs
     enough."""
     if scores.ndim == 3:
         point, (low, high) = scores.mean((0, 1)), np.quantile(resample(scores), [0.025, 0.975], axis=0)

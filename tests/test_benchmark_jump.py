@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -144,17 +145,18 @@ def test_first_jumps_need_the_networks(jumps, capsys):
 
 
 def test_first_jumps_of_kept_networks(jumps, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(jumps, "JUMP_TRANSFER", {"one": "--ssl none"})
+    monkeypatch.setitem(jumps.SUITES, "jump-baselines", {"methods": {"one": "ppo_pisco.py --head-layers 1"}})
     torch.manual_seed(0)
-    args, obs_shape = ppo_pisco.Args(ssl="none"), (1, 60, 60)
+    args, obs_shape = ppo_pisco.Args(ssl="pisco", head_layers=1), (1, 60, 60)
     agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, obs_shape), obs_shape, 2)
     for seed in range(1, 11):
-        folder = jumps.weights_folder(tmp_path, f"ppo_pisco.py --ssl none --seed {seed}".split())
+        folder = jumps.weights_folder(tmp_path, f"ppo_pisco.py --head-layers 1 --seed {seed}".split())
         folder.mkdir(parents=True)
         with torch.no_grad():
             agent.actor[-1].weight.zero_()
             agent.actor[-1].bias[:] = torch.tensor([0.0, 1.0 if seed == 1 else -1.0])
         ppo_pisco.safetensors.torch.save_model(agent, folder / "model.safetensors")
+        (folder / "args.json").write_text(json.dumps(asdict(args)))
     assert jumps.main() == 0
     assert "70 tasks played, 70 not solved" in capsys.readouterr().out
     with open(tmp_path / "jump_moments.csv") as file:
@@ -169,10 +171,10 @@ def test_kept_first_jumps_agree_with_the_runs_evaluations(monkeypatch):
     with open(plot.RESULTS / "jump_moments.csv") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        run = plot.folder_of(plot.RESULTS, "jump-transfer", row["method"]) / row["seed"]
+        run = plot.folder_of(plot.RESULTS, "jump-baselines", row["method"]) / row["seed"]
         solved = json.loads((run / "evaluation.json").read_text())["greedy"]["solved"]
         assert solved[f"{row['obstacle']}:{row['floor']}"] == (row["greedy"] == row["right"])
-    assert len(rows) == 7 * 10 * len(plot.SUITES["jump-transfer"]["methods"])
+    assert len(rows) == 7 * 10 * len(plot.SUITES["jump-baselines"]["methods"])
 
 
 def test_first_jumps_are_counted_in_the_text():
