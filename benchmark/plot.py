@@ -431,6 +431,48 @@ def write_table(suite, results):
     return markdown(names, rows)
 
 
+def split_of(cell):
+    """The split of a cell "SPLIT encoder SEED"."""
+    return cell.rsplit(" encoder ", 1)[0]
+
+
+def cells_of(suite):
+    """A suite's cells, in the order of over_cells."""
+    return list(dict.fromkeys(name.split(", ", 1)[0] for name in SUITES[suite]["methods"]))
+
+
+def write_cells_table(suite, results):
+    """A suite over cells as Markdown: both scores' means with intervals, and the mean over the run in every split."""
+    splits = [split_of(cell) for cell in cells_of(suite)]
+    names = list(dict.fromkeys(splits))
+    rows = []
+    for method, runs in over_cells(suite, results).items():
+        tails = np.quantile(resample(runs.both), [0.025, 0.975], axis=0).T  # (2 scores, 2)
+        both = [with_interval(point, tail, 2) for point, tail in zip(runs.both.mean((0, 1)), tails)]
+        means = runs.both[..., 1].mean(1)  # (cells,)
+        each = [f"{np.mean([m for m, s in zip(means, splits) if s == split]):.2f}" for split in names]
+        rows.append([method, str(runs.both[..., 0].size), *both, *each])
+    return markdown(["method", "n", "at the end", "mean over the run", *names], rows)
+
+
+def write_fragility(suite, predictions):
+    """Predictions of a suite over cells as Markdown: the gain, mean over the run, in every split, and the splits that
+    decide, each by itself, whether the uncorrected 95% interval is above, below or around its threshold."""
+    scores, splits = read_scores(suite), np.array([split_of(cell) for cell in cells_of(suite)])
+    names, rows = list(dict.fromkeys(splits)), []
+    for prediction in predictions:
+        _, better, worse, margin = prediction
+        gains = (scores[better] - scores[worse])[..., 1]  # (cells, n)
+        clear = {}
+        for left_out in (None, *names):
+            low, high = np.quantile(resample(gains[splits != left_out]), [0.025, 0.975])
+            clear[left_out] = int(low > -margin) - int(high < -margin)
+        hinges = [split for split in names if clear[split] != clear[None]]
+        means = [f"{gains[splits == split].mean():+.2f}" for split in names]
+        rows.append([prediction_text(prediction), *means, ", ".join(hinges) or "none"])
+    return markdown(["prediction", *names, "hinges on"], rows)
+
+
 def write_noise_table():
     """Success under noise as Markdown: a method in each row, a standard deviation in each column; at last the share of
     the success without noise that is left under the strongest."""

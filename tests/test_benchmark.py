@@ -458,6 +458,40 @@ def test_suite_over_cells_is_read_when_it_is_complete(plot, tmp_path, monkeypatc
     assert plot.read_scores("cells") == {}
 
 
+@pytest.fixture
+def cells(plot, monkeypatch):
+    """Two splits with two encoders each: b gains 0.5 over a in the first split and 0.25 in the second, in one of its
+    cells nothing at the end."""
+    names = [f"{split} encoder {seed}" for split in ("one", "two") for seed in (1, 2)]
+    methods = {f"{cell}, {method}": "" for cell in names for method in "ab"}
+    monkeypatch.setitem(plot.SUITES, "cells", {"program": "ppo_pisco.py", "cells": True, "methods": methods})
+    gains = [(0.5, 0.5), (0.5, 0.5), (0.25, 0.25), (0.5, 0.0)]  # at both evaluations, in every cell
+    scores = {f"{cell}, a": np.full((2, 2), 0.25) for cell in names}
+    scores |= {f"{cell}, b": 0.25 + np.array([gain, gain]) for cell, gain in zip(names, gains)}
+    results = {name: plot.Runs([1, 2], np.array([10.0, 20.0]), scores[name]) for name in methods}
+    monkeypatch.setattr(plot, "read_suite", lambda suite: results)
+    return results
+
+
+def test_cells_have_both_scores_and_every_splits_own(plot, cells, monkeypatch):
+    monkeypatch.setattr(plot, "resample", lambda scores: np.array([[0.0, 0.5]] * 3))
+    assert plot.write_cells_table("cells", cells).splitlines() == [
+        "| method | n | at the end | mean over the run | one | two |",
+        "|---|---|---|---|---|---|",
+        "| a | 8 | 0.25 [0.00, 0.00] | 0.25 [0.50, 0.50] | 0.25 | 0.25 |",
+        "| b | 8 | 0.56 [0.00, 0.00] | 0.62 [0.50, 0.50] | 0.75 | 0.50 |",
+    ]
+
+
+def test_splits_that_a_verdict_hinges_on_are_named(plot, cells):
+    """b's gains, means over the run, are 0.5 in two cells and 0.25 in two: none of the samples is below 0.25."""
+    predictions = [("cells", "b", "a", 0.0), ("cells", "b", "a", -0.3)]
+    assert plot.write_fragility("cells", predictions).splitlines()[2:] == [
+        "| b > a | +0.50 | +0.25 | none |",
+        "| b > a - -0.30 | +0.50 | +0.25 | one, two |",  # without either the gain is all above or all below 0.3
+    ]
+
+
 def test_pair_without_spread_passes_no_test(plot):
     """It must not take the strictest level from a pair that has a test."""
     clear = np.array([[0.0, 0.1], [0.1, 0.0]] * 3)
