@@ -683,13 +683,19 @@ def main(argv=None):
         print(f"plot.py: error: suite {args.suite!r}: choose one of {', '.join(SUITES)}", file=sys.stderr)
         return 2
     for suite in SUITES if args.suite == "all" else [args.suite]:
-        results = read_suite(suite)
-        if not results:
-            print(f"{suite}: no results\n")
+        results, cells = read_suite(suite), SUITES[suite].get("cells")
+        if not (over_cells(suite, results) if cells else results):
+            print(f"{suite}: no results, or not in all cells\n")
             continue
         if any(f"figures/{suite}.png" in page.read_text() for page in PAGES):
             DRAW.get(suite, draw_curves)(suite, results)
-        tables = {suite: write_rates_table(results) if suite.endswith("-rates") else write_table(suite, results)}
+        if suite.endswith("-rates"):
+            tables = {suite: write_rates_table(results)}
+        elif cells:
+            own = [p for predictions in PREDICTIONS.values() for p in predictions if p[0] == suite]
+            tables = {suite: write_cells_table(suite, results), f"{suite} splits": write_fragility(suite, own)}
+        else:
+            tables = {suite: write_table(suite, results)}
         if suite in GAINS:
             tables[f"{suite} gains"] = write_gains(suite)
         if suite == "jump-noise":
