@@ -46,6 +46,7 @@ SCANS = {  # suites over a number: how a method's name tells it and what varies 
     "jump-rates": RATES_SCAN,
     "jump-loss-rates": RATES_SCAN,
     "jump-state-rates": RATES_SCAN,
+    "jump-impala-rates": RATES_SCAN,
     "jump-coef": (r"(?P<group>\w+) (?P<x>[\d.]+)", "weight of the self-supervised loss (--ssl-coef)", "log"),
     "jump-depth": (r"(?P<x>\d) frozen, (?P<group>\w+)", "frozen layers from the bottom (--freeze-layers)", "linear"),
 }
@@ -155,6 +156,25 @@ def read_suite(suite):
             raise ValueError(f"{suite}, {method}: the seeds' evaluations are not at the same steps")
         results[method] = Runs(list(folders), curves[0][0], np.stack([scores for _, scores in curves]))
     return results
+
+
+def read_minutes(suite, method):
+    """Minutes of training, evaluations left out, until each of E evaluations of the method's n kept runs of
+    ppo_pisco.py, (n, E) float64."""
+    curves = [
+        read_curve(folder, ("global_step", "eval/greedy_success")) for folder in seed_folders(suite, method).values()
+    ]
+    rates = [
+        read_curve(folder, ("charts/SPS", "eval/greedy_success")) for folder in seed_folders(suite, method).values()
+    ]
+    return np.stack([steps / sps / 60 for (steps, _), (sps, _) in zip(curves, rates)])
+
+
+def mean_until(minutes, scores, limit):
+    """Mean over the time from 0 to limit of a run's score, which is 0 before the first evaluation and from each on what
+    it says; minutes and scores (E,), all in the same unit."""
+    ends = np.clip(np.append(minutes[1:], np.inf), None, limit)
+    return float((scores * np.clip(ends - minutes, 0, None)).sum() / limit)
 
 
 def over_cells(suite, results):

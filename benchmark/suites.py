@@ -145,14 +145,27 @@ SPLITS = {  # name: source tasks, target tasks
 }
 JUMP_SOURCE = f"ppo_pisco.py {SCRATCH} --ssl none --total-timesteps 299008 --eval-interval 30720"
 
+IMPALA_SOURCE = f"{JUMP_SOURCE} --encoder impala"
+IMPALA = {"from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ssl none"} | {
+    f"{k} frozen{plus}": f"ppo_pisco.py --encoder impala --freeze-layers {k} --ssl {ssl}"
+    + (f" {MLP}" if k == 10 else "")
+    for ssl, plus in (("none", ""), ("pisco", " + PiSCO"))
+    for k in (0, 4, 7, 10)
+}
 
-def over_rates(methods):
+
+def with_encoder(methods, encoder):
+    """The methods with a pretrained encoder's file, but for the one from scratch."""
+    return {m: flags if SCRATCH in flags else f"{flags} --encoder-weights {encoder}" for m, flags in methods.items()}
+
+
+def over_rates(methods, rates=RATES, length="--eval-interval 20480"):
     """A suite that gives every method every learning rate, on the validation tasks, with half as many evaluations."""
-    flags = f"--jump-tasks {VALIDATION} --eval-interval 20480"
+    flags = f"--jump-tasks {VALIDATION} {length}"
     return {
         "program": "",
         "methods": {
-            f"{name}, {r}": f"{method} {flags} --learning-rate {r}" for name, method in methods.items() for r in RATES
+            f"{name}, {r}": f"{method} {flags} --learning-rate {r}" for name, method in methods.items() for r in rates
         },
     }
 
@@ -174,9 +187,14 @@ SUITES = {
         "methods": {split: f"--jump-tasks {source}" for split, (source, _) in SPLITS.items()},
     },
     "jump-impala-sources": {
-        "program": f"{JUMP_SOURCE} --encoder impala",
+        "program": IMPALA_SOURCE,
         "methods": {"lattice 8 floors": "--jump-tasks source"},
     },
+    "jump-impala-rates": over_rates(
+        with_encoder(IMPALA, encoder_of(f"{IMPALA_SOURCE} --jump-tasks source", 1)),
+        rates=("3e-4", "1e-3", "3e-3"),
+        length="--total-timesteps 51200 --eval-interval 10240",
+    ),
     "jump-state-rates": over_rates(STATE_BASELINES),
     # The README's main command beside the same number of steps from scratch.
     "quickstart": QUICKSTART,

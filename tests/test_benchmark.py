@@ -75,6 +75,7 @@ DIGESTS = {
     "dmc-transfer-repeat-8": "839509d6325b",
     "jump-sources": "46bd84997012",
     "jump-impala-sources": "1394afbf8bce",
+    "jump-impala-rates": "9d8244015d12",
     "dmc-sparse": "ddf528af3452",
     "dmc-swingup": "367faabb5859",
     "dmc-official": "c1a3fbdb854f",
@@ -275,6 +276,21 @@ def test_suite_is_read_seed_by_seed_without_unfinished_runs(plot):
 
 def test_a_run_has_its_last_and_its_mean_score(plot):
     assert plot.read_suite("tiny")["one method"].both.tolist() == [[0.5, 0.375], [1.0, 0.875]]
+
+
+def test_score_per_minute_by_hand(plot):
+    """Evaluations after 1, 3 and 4 minutes with 0.5, 1.0 and 0.25: by minute 5 (0.5 * 2 + 1 * 1 + 0.25 * 1) / 5."""
+    minutes, scores = np.array([1.0, 3.0, 4.0]), np.array([0.5, 1.0, 0.25])
+    assert plot.mean_until(minutes, scores, 5.0) == pytest.approx(2.25 / 5)
+    assert plot.mean_until(minutes, scores, 3.5) == pytest.approx((0.5 * 2 + 1 * 0.5) / 3.5)
+    assert plot.mean_until(minutes, scores, 0.5) == 0.0
+
+
+def test_minutes_are_those_of_the_training(plot, tmp_path):
+    for seed in (1, 10):
+        rows = ["global_step,charts/SPS,eval/greedy_success", "60,1,", "120,2,0.5", f"240,{seed},1.0"]
+        (tmp_path / "tiny" / "one_method" / str(seed) / "metrics.csv").write_text("\n".join(rows))
+    assert plot.read_minutes("tiny", "one method").tolist() == [[1.0, 4.0], [1.0, 0.4]]
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end(plot):
