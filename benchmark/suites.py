@@ -79,6 +79,8 @@ COEF = {"pisco": 0.1, "simsiam": 0.1, "curl": 0.03, "consistency": 0.3}
 SSL = {name: f"--ssl {name} --ssl-coef {coef}" for name, coef in COEF.items()} | {"none": "--ssl none"}
 # The seven obstacles of source and target on a floor of neither: what jump-coef chooses by.
 VALIDATION = join((obstacle, 26) for obstacle in range(20, 45, 4))
+# The same on a floor that the state encoder was trained on, between the floors of source and target.
+STATE_VALIDATION = join((obstacle, 14) for obstacle in range(20, 45, 4))
 JUMP_VALIDATION = f"ppo_pisco.py --jump-tasks {VALIDATION} {JUMP_FROZEN} --total-timesteps 51200"
 SCRATCH = "--encoder-weights none --freeze-layers 0"
 STATE = "--encoder-weights encoders/jump-v0__nature__state.safetensors"
@@ -159,9 +161,9 @@ def with_encoder(methods, encoder):
     return {m: flags if SCRATCH in flags else f"{flags} --encoder-weights {encoder}" for m, flags in methods.items()}
 
 
-def over_rates(methods, rates=RATES, length="--eval-interval 20480"):
-    """A suite that gives every method every learning rate, on the validation tasks, with half as many evaluations."""
-    flags = f"--jump-tasks {VALIDATION} {length}"
+def over_rates(methods, tasks=VALIDATION, rates=RATES, length="--eval-interval 20480"):
+    """A suite that gives every method every learning rate, on validation tasks, with half as many evaluations."""
+    flags = f"--jump-tasks {tasks} {length}"
     return {
         "program": "",
         "methods": {
@@ -195,7 +197,7 @@ SUITES = {
         rates=("3e-4", "1e-3", "3e-3"),
         length="--total-timesteps 51200 --eval-interval 10240",
     ),
-    "jump-state-rates": over_rates(STATE_BASELINES),
+    "jump-state-rates": over_rates(STATE_BASELINES, tasks=STATE_VALIDATION),
     # The README's main command beside the same number of steps from scratch.
     "quickstart": QUICKSTART,
     # The same with `--cpus 2`, as on a machine of two cores: PyTorch's number of threads changes the last digits.

@@ -62,7 +62,7 @@ DIGESTS = {
     "jump-rates": "e7cc75cf29a7",
     "jump-baselines": "ef1232c56ed5",
     "jump-loss-rates": "039eda73fc7d",
-    "jump-state-rates": "2e99a8dfb8f2",
+    "jump-state-rates": "5d47f3eeb2e2",
     "quickstart": "cae1438ee1e6",
     "quickstart-two-cores": "cae1438ee1e6",
     "jump-coef": "2aacb8659e63",
