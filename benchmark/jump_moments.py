@@ -64,7 +64,7 @@ def main():
     for method, flags in SUITES["jump-baselines"]["methods"].items():
         for seed in range(1, 11):
             folder = weights_folder(WORK, f"{flags} --seed {seed}".split())
-            if not (folder / "model.safetensors").exists():
+            if not (folder / "args.json").exists():
                 command = "python benchmark/run.py jump-baselines --seeds 10 --results again"
                 print(
                     f"jump_moments.py: error: the networks of {method}, seed {seed} are not on this machine; "

@@ -42,7 +42,7 @@ def run_ppo(flags):
 def trained_folder(flags, runs_dir):
     """A folder with the networks that `ppo_pisco.py FLAGS` leaves: of an earlier run, or trained now below runs_dir."""
     kept = weights_folder(WORK, ["ppo_pisco.py", *flags])
-    if (kept / "model.safetensors").exists():
+    if (kept / "args.json").exists():
         return kept
     run_ppo([*flags, "--runs-dir", str(runs_dir / "training")])
     return max((runs_dir / "training").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime).parent

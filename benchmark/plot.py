@@ -5,10 +5,11 @@
     python benchmark/plot.py quickstart     # one suite
 
 Curves and scans show the interquartile mean over seeds with a 95% stratified bootstrap interval (Agarwal et al. 2021,
-by rliable); learning curves have every seed, faint. The forest plot has differences between plain means, with Welch's
-intervals under Holm's correction. A suite's table has two scores, the last evaluation's and the mean over all
-evaluations of a run, which tells how fast it learned, and the probability that a run of the method has a higher mean
-than one of the suite's first method. A method without results is left out.
+by rliable), or every seed, faint, where these are few; over cells they show means and percentiles of resampled cells.
+The forest plot has differences between plain means, with intervals under Holm's correction. A suite's table has two
+scores, the last evaluation's and the mean over all evaluations of a run, which tells how fast it learned, and the
+probability that a run of the method has a higher mean than one of the suite's first method. A method without results is
+left out. One suite's name redraws that suite alone, not the verdicts and the forest plot.
 """
 
 import csv
@@ -61,8 +62,8 @@ PANELS = {  # suites of more than five methods: which of them are compared in on
     ],
     "dmc-transfer-repeat-8": [["from scratch", "frozen", "finetuned", "frozen bottom", "frozen bottom + PiSCO"]],
 }
-# The paper's claims and what the protocols beside the results predict by them: the first method's score is above the
-# second's, or, with a margin, not further below it than that.
+# What the protocols beside the results predict by the paper's claims, in families that share an error of 0.05: the
+# first method's score is above the second's, or, with a margin, not further below it than that.
 PREDICTIONS = {
     "1. finetuning is needed": [
         ("jump-baselines", "finetuned", "frozen, MLP head", 0.0),
@@ -177,11 +178,20 @@ def mean_until(minutes, scores, limit):
     return float((scores * np.clip(ends - minutes, 0, None)).sum() / limit)
 
 
+def is_complete(suite, results):
+    """Whether all methods have as many seeds as the suite's protocol says: before that nothing is judged."""
+    counts = [len(results[method].seeds) if method in results else 0 for method in SUITES[suite]["methods"]]
+    return min(counts) >= SUITES[suite]["n"]
+
+
 def over_cells(suite, results):
-    """{method: Runs over cells} of a suite whose methods' names are "CELL, METHOD"; none until all its runs are there,
-    with the same seeds everywhere."""
-    if results.keys() != SUITES[suite]["methods"].keys() or len({tuple(runs.seeds) for runs in results.values()}) > 1:
-        return {}
+    """{method: Runs over cells} of a complete suite whose methods' names are "CELL, METHOD". Raises ValueError where
+    the seeds of a cell differ, as runs are compared by seed."""
+    cells = {}
+    for name, runs in results.items():
+        cells.setdefault(name.split(", ", 1)[0], []).append(runs.seeds)
+    if not all(seeds == found[0] for found in cells.values() for seeds in found):
+        raise ValueError(f"{suite}: the methods of a cell have different seeds")
     methods = {}
     for name, runs in results.items():
         methods.setdefault(name.split(", ", 1)[1], []).append(runs)
@@ -192,23 +202,12 @@ def over_cells(suite, results):
 
 
 def read_scores(suite):
-    """{method: scores of Runs.both, as shares of the highest} of the kept runs."""
+    """{method: scores of Runs.both, as shares of the highest} of the kept runs; none of an incomplete suite."""
     results = read_suite(suite)
+    if not is_complete(suite, results):
+        return {}
     results = over_cells(suite, results) if SUITES[suite].get("cells") else results
     return {method: runs.both / MAXIMUM[program_of(suite)] for method, runs in results.items()}
-
-
-def read_noise():
-    """{method: (noise's standard deviations (S,), shares of target tasks solved (n, S))} of the kept runs of
-    jump-noise."""
-    results = {}
-    for method in SUITES["jump-noise"]["methods"]:
-        texts = [(path / "evaluation.json").read_text() for path in seed_folders("jump-noise", method).values()]
-        tables = [json.loads(text)["noise"] for text in texts]
-        if tables:
-            shares = [[value["target"] for value in table.values()] for table in tables]
-            results[method] = np.array([float(std) for std in tables[0]]), np.array(shares)
-    return results
 
 
 def estimate(sample, statistic):
@@ -258,6 +257,8 @@ def contrast(samples, level=0.95):
     Satterthwaite's degrees of freedom: Welch's for two samples, for four a difference of differences."""
     signed = [(sign, scores) for sign, found in samples.items() for scores in found]
     squares = np.array([np.var(scores, ddof=1) / len(scores) for _, scores in signed])
+    if not squares.any():  # without any spread the interval is unknown
+        return float(sum(sign * np.mean(scores) for sign, scores in signed)), (np.nan, np.nan)
     freedom = squares.sum() ** 2 / (squares**2 / [len(scores) - 1 for _, scores in signed]).sum()
     half = stats.t.ppf((1 + level) / 2, freedom) * squares.sum() ** 0.5
     total = float(sum(sign * np.mean(scores) for sign, scores in signed))
@@ -389,22 +390,6 @@ def draw_scan(suite, results):
     save(figure, suite)
 
 
-def draw_noise(suite, results):
-    """Success over the noise, and a fresh linear policy's learning curve, as benchmark/figures/jump-noise.png."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
-    for i, (method, (stds, shares)) in enumerate(read_noise().items()):
-        draw_bands(left, np.arange(len(stds)), shares, method, style_of(i))
-        left.set_xticks(np.arange(len(stds)), [f"{std:g}" for std in stds])
-        draw_bands(right, results[method].steps, results[method].scores, method, style_of(i))
-    left.set(xlabel="noise, standard deviation in grey levels of 255", ylabel="target tasks solved (greedy)")
-    left.set_title("the trained policy, observations with noise")
-    left.grid(alpha=0.3)
-    right.set(xlabel="environment steps", title="a fresh linear policy on the frozen features")
-    right.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-    save(figure, suite)
-
-
 def draw_grid(suite, results):
     """The share of seeds that solve each task of the grid, as benchmark/figures/jump-grid.png."""
     methods = list(results)
@@ -428,7 +413,7 @@ def draw_grid(suite, results):
     save(figure, suite)
 
 
-DRAW = dict.fromkeys(SCANS, draw_scan) | {"jump-noise": draw_noise, "jump-grid": draw_grid}
+DRAW = dict.fromkeys(SCANS, draw_scan) | {"jump-grid": draw_grid}
 
 
 def with_interval(point, interval, digits, sign=""):
@@ -505,29 +490,16 @@ def write_fragility(suite, predictions):
     return markdown(["prediction", *names, "hinges on"], rows)
 
 
-def write_noise_table():
-    """Success under noise as Markdown: a method in each row, a standard deviation in each column; at last the share of
-    the success without noise that is left under the strongest."""
-    results = read_noise()
-    stds = next(iter(results.values()))[0]
-    rows = []
-    for method, (_, shares) in results.items():
-        points, _ = aggregate(shares)
-        left = shares[:, -1].mean() / shares[:, 0].mean()
-        rows.append([method, str(len(shares)), *(f"{point:.2f}" for point in points), f"{left:.2f}"])
-    return markdown(["method", "n", *(f"noise {std:g}" for std in stds), f"left at {stds[-1]:g}"], rows)
-
-
-def write_rates_table(results):
+def write_rates_table(results, n):
     """Every method's mean over the run (at the end) at every learning rate and the seeds, as Markdown; in bold the best
-    mean of a method whose runs are complete."""
+    mean of a method with n seeds at every rate."""
     methods = scan_lines(RATES_SCAN[0], results)  # {method: {rate: Runs}}
     rates, rows = list(dict.fromkeys(rate for found in methods.values() for rate in found)), []
     for method, found in methods.items():
         means = {rate: runs.both[:, 1].mean() for rate, runs in found.items()}
         counts = sorted({len(runs.seeds) for runs in found.values()})
         # The smaller one of two equals, as the rates rise
-        best = max(means, key=means.get) if len(counts) == 1 and counts[0] >= FEW and len(means) == len(rates) else None
+        best = max(means, key=means.get) if counts == [n] and len(means) == len(rates) else None
         cells = [f"{means[r]:.2f} ({found[r].both[:, 0].mean():.2f})" if r in means else "" for r in rates]
         cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells)]
         rows.append([method, *cells, " or ".join(map(str, counts))])
@@ -547,13 +519,13 @@ def verdict(low, high, margin, equal):
 def holm_levels(pvalues):
     """Holm's (1979) levels (m,) for p-values (m,): by rising p, the k-th is tested at 0.05 / (m - k + 1).
 
-    After the first that fails the level stays, so that none after it passes.
+    After the first that fails the level stays, so that none after it passes. Equal ones have their smallest level.
     """
-    levels, level, failed = np.empty(len(pvalues)), 0.0, False
+    levels, level, last = np.empty(len(pvalues)), 0.0, -1.0
     for k, i in enumerate(np.argsort(pvalues)):
-        level = level if failed else 0.05 / (len(pvalues) - k)
-        failed = failed or pvalues[i] > level
-        levels[i] = level
+        if last <= level and pvalues[i] != last:  # none has failed yet
+            level = 0.05 / (len(pvalues) - k)
+        levels[i], last = level, pvalues[i]
     return levels
 
 
@@ -569,7 +541,7 @@ def compare(ours, others, margin):
         return pvalue, lambda level: difference(ours, others, level)
     gains = ours - others
     samples = resample(gains)
-    pvalue = 2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin))
+    pvalue = min(1.0, 2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin)))
     tails = lambda level: np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])  # noqa: E731
     return pvalue, lambda level: (float(gains.mean()), tuple(map(float, tails(level))))
 
@@ -578,7 +550,7 @@ def judge(predictions, scores):
     """Gains of a claim's predictions [(suite, method, other, margin)] that have runs enough, under Holm's correction:
     [(prediction, (mean over the run, interval), (at the end, interval), (runs, the other's runs, cells))].
 
-    scores {suite: {method: (n, 2) or (cells, n, 2)}} are those of Runs.both.
+    scores {suite: {method: (n, 2) or (cells, n, 2)}} are those of read_scores.
     """
     pairs = [(p, *(scores[p[0]].get(method, np.empty((0, 2))) for method in p[1:3])) for p in predictions]
     pairs = [(p, a, b) for p, a, b in pairs if min(a.size, b.size) >= 2 * FEW]
@@ -716,13 +688,13 @@ def main(argv=None):
         return 2
     for suite in SUITES if args.suite == "all" else [args.suite]:
         results, cells = read_suite(suite), SUITES[suite].get("cells")
-        if not (over_cells(suite, results) if cells else results):
+        if not results or cells and not is_complete(suite, results):
             print(f"{suite}: no results, or not in all cells\n")
             continue
         if any(f"figures/{suite}.png" in page.read_text() for page in PAGES):
             DRAW.get(suite, draw_curves)(suite, results)
         if suite.endswith("-rates"):
-            tables = {suite: write_rates_table(results)}
+            tables = {suite: write_rates_table(results, SUITES[suite]["n"])}
         elif cells:
             own = [p for predictions in PREDICTIONS.values() for p in predictions if p[0] == suite]
             tables = {suite: write_cells_table(suite, results), f"{suite} splits": write_fragility(suite, own)}
@@ -730,8 +702,6 @@ def main(argv=None):
             tables = {suite: write_table(suite, results)}
         if suite in GAINS:
             tables[f"{suite} gains"] = write_gains(suite)
-        if suite == "jump-noise":
-            tables["noise"] = write_noise_table()
         for name, table in tables.items():
             insert_table(name, table)
             print(f"{name}\n{table}\n")

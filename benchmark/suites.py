@@ -1,4 +1,5 @@
 """The benchmark's suites. A suite is a program with the flags that all its methods share, and a table: method -> flags.
+Its `n` is the number of seeds that its protocol asks for. In a suite over `cells` a method's name is "CELL, METHOD".
 
 What stands beside a method's name is all that sets it apart. Every flag is the program's own: `python ppo_pisco.py
 --help`, `python drqv2_pisco.py --help`.
@@ -161,11 +162,12 @@ def with_encoder(methods, encoder):
     return {m: flags if SCRATCH in flags else f"{flags} --encoder-weights {encoder}" for m, flags in methods.items()}
 
 
-def over_rates(methods, tasks=VALIDATION, rates=RATES, length="--eval-interval 20480"):
+def over_rates(methods, tasks=VALIDATION, rates=RATES, length="--eval-interval 20480", n=5):
     """A suite that gives every method every learning rate, on validation tasks, with half as many evaluations."""
     flags = f"--jump-tasks {tasks} {length}"
     return {
         "program": "",
+        "n": n,
         "methods": {
             f"{name}, {r}": f"{method} {flags} --learning-rate {r}" for name, method in methods.items() for r in rates
         },
@@ -178,6 +180,7 @@ SUITES = {
     # Is the paper's recipe ahead of baselines with learning rates of their own?
     "jump-baselines": {
         "program": "",
+        "n": 10,
         "methods": {
             name: f"{method} --jump-tasks target --learning-rate {OWN_RATE[name]}" for name, method in BASELINES.items()
         },
@@ -196,6 +199,7 @@ SUITES = {
         with_encoder(IMPALA, encoder_of(f"{IMPALA_SOURCE} --jump-tasks source", 1)),
         rates=("3e-4", "1e-3", "3e-3"),
         length="--total-timesteps 51200 --eval-interval 10240",
+        n=2,
     ),
     "jump-state-rates": over_rates(STATE_BASELINES, tasks=STATE_VALIDATION),
     # The README's main command beside the same number of steps from scratch.
@@ -263,11 +267,13 @@ SUITES = {
     },
     # The same settings and encoder on an easier task and in longer runs, where something is learned.
     "dmc-sparse": {
+        "n": 5,
         "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-balance_sparse --total-frames 100000 "
         f"--eval-interval 10000 --encoder-weights {BALANCE}",
         "methods": {name: flags for name, flags in DMC_REUSE.items() if name != "frozen bottom"},
     },
     "dmc-swingup": {
+        "n": 5,
         "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 200000 --eval-interval 20000",
         "methods": DMC_REUSE,
     },

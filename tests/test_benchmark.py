@@ -62,13 +62,13 @@ DIGESTS = {
     "jump-rates": "e7cc75cf29a7",
     "jump-baselines": "ef1232c56ed5",
     "jump-loss-rates": "039eda73fc7d",
-    "jump-state-rates": "5d47f3eeb2e2",
+    "jump-state-rates": "ac8161ad78d7",
     "quickstart": "cae1438ee1e6",
     "quickstart-two-cores": "cae1438ee1e6",
     "jump-coef": "2aacb8659e63",
     "jump-transfer": "3b8bd14bea2e",
     "jump-depth": "440460c133db",
-    "jump-state": "9c5941fed68f",
+    "jump-state": "354de0462bc8",
     "jump-grid": "bb6e3afc65f0",
     "dmc-small": "8c9840080f0e",
     "dmc-small-two-cores": "989ae020ddce",
@@ -90,6 +90,8 @@ ADDED = [("resume", None), ("eval_max_steps", 27_000), ("head_layers", 0)]
 
 def digest(suite):
     """Checksum of the arguments, seed 1, of all methods of a suite, the encoder's file without its folder."""
+    import linear_state
+
     import drqv2_pisco
     import ppo_pisco
 
@@ -98,7 +100,8 @@ def digest(suite):
         program, *flags = f"{suite['program']} {flags} --seed 1".split()
         assert (ROOT / program).exists()
         module = drqv2_pisco if program == "drqv2_pisco.py" else ppo_pisco  # all others run ppo_pisco.py
-        args = asdict(module.parse_args(flags))
+        own = linear_state.FLAGS if program == "benchmark/linear_state.py" else []
+        args = asdict(module.parse_args(own + flags))
         args["encoder_weights"] = Path(args["encoder_weights"]).name
         resolved.append({key: args[key] for key in sorted(args) if (key, args[key]) not in ADDED})
     return hashlib.sha256(json.dumps(resolved).encode()).hexdigest()[:12]
@@ -398,6 +401,7 @@ def test_pages_have_a_place_for_every_table_of_gains(plot):
         ([0.001, 0.04, 0.03], [0.05 / 3, 0.05 / 2, 0.05 / 2]),  # 0.03 fails at 0.025, so 0.04 has no chance at 0.05
         ([0.02, 0.01], [0.05, 0.05 / 2]),
         ([0.03, 0.9, 0.9, 0.9], [0.05 / 4] * 4),
+        ([0.0, 0.0, 0.04], [0.05 / 3, 0.05 / 3, 0.05]),  # equal ones don't depend on their order
     ],
 )
 def test_holms_levels(plot, pvalues, levels):
@@ -428,14 +432,13 @@ def test_margin_enters_the_test(plot):
 
 
 def test_gains_in_sentences_stand_in_tables():
-    """In those that plot.py writes from the kept runs or, for runs of earlier commits, in a protocol."""
+    """In those that plot.py writes from the kept runs; or a commit is named that has the runs."""
     gain = r"[+-]\d\.\d\d \[[+-]\d\.\d\d, [+-]\d\.\d\d\]"
     page = (ROOT / "benchmark" / "README.md").read_text()
     tables = "\n".join(line for line in page.splitlines() if line.startswith("|"))
-    kept = tables + "".join(p.read_text() for p in (ROOT / "benchmark" / "results").glob("*/PROTOCOL.md"))
-    prose = " ".join(line for line in page.splitlines() if not line.startswith("|"))
-    gains = re.findall(gain, " ".join((prose + (ROOT / "README.md").read_text()).split()))
-    assert len(gains) > 5 and not [gain for gain in gains if gain not in " ".join(kept.split())]
+    prose = " ".join(line for line in page.splitlines() if not line.startswith("|")) + (ROOT / "README.md").read_text()
+    gains = re.findall(rf"({gain})( \(commit \w{{7}})?", " ".join(prose.split()))
+    assert len(gains) > 5 and not [gain for gain, commit in gains if not commit and gain not in tables]
 
 
 def test_cells_are_drawn_and_then_seeds_in_them(plot):
@@ -450,8 +453,9 @@ def test_cells_are_drawn_and_then_seeds_in_them(plot):
 
 
 def test_gain_over_cells_has_the_percentiles_of_its_samples(plot, monkeypatch):
-    monkeypatch.setattr(plot, "resample", lambda gains: np.arange(-1.0, 9.0))  # -1, 0, ..., 8
     ours, others = np.array([[1.0, 2.0], [3.0, 6.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])
+    by_hand = {((1.0, 2.0), (2.0, 5.0)): np.arange(-1.0, 9.0)}  # the gains by cell and seed: samples -1, 0, ..., 8
+    monkeypatch.setattr(plot, "resample", lambda gains: by_hand[tuple(map(tuple, gains))])
     pvalue, interval = plot.compare(ours, others, 0.0)
     assert pvalue == pytest.approx(2 * 2 / 10)  # two of ten samples are no gain
     assert plot.compare(ours, others, 0.5)[0] == pytest.approx(2 * 1 / 10)
@@ -468,21 +472,34 @@ def test_predictions_over_cells_are_judged(plot):
     assert counts == (6, 6, 3)
 
 
-def test_suite_over_cells_is_read_when_it_is_complete(plot, tmp_path, monkeypatch):
+def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
     methods = {f"cell {cell}, {method}": "" for cell in (1, 2) for method in ("a, b", "c")}
-    monkeypatch.setitem(plot.SUITES, "cells", {"program": "ppo_pisco.py", "cells": True, "methods": methods})
-    for i, name in enumerate(methods):
-        assert plot.read_scores("cells") == {}
-        for seed in (1, 2):
-            folder = tmp_path / "cells" / name.replace(" ", "_") / str(seed)
-            folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text("{}")
-            (folder / "metrics.csv").write_text(f"global_step,eval/greedy_success\n10,{i}\n20,{seed}\n")
+    suite = {"program": "ppo_pisco.py", "n": 2, "cells": True, "methods": methods}
+    monkeypatch.setitem(plot.SUITES, "cells", suite)
+
+    def put(name, seed, scores):
+        folder = tmp_path / "cells" / name.replace(" ", "_") / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        lines = [f"{10 * (i + 1)},{score}" for i, score in enumerate(scores)]
+        (folder / "metrics.csv").write_text("\n".join(["global_step,eval/greedy_success", *lines]))
+
+    for seed in (1, 2):
+        for i, name in enumerate(methods):
+            assert plot.read_scores("cells") == {}
+            put(name, seed + 2 * (i >= 2), (i, seed))  # the second cell has seeds of its own
     scores = plot.read_scores("cells")
     assert list(scores) == ["a, b", "c"] and scores["a, b"].shape == (2, 2, 2)
     assert scores["c"].tolist() == [[[1, 1.0], [2, 1.5]], [[1, 2.0], [2, 2.5]]]  # cell, seed: end, mean
-    (folder / "manifest.json").unlink()
-    assert plot.read_scores("cells") == {}
+    put("cell 1, c", 5, (0, 0))
+    with pytest.raises(ValueError, match="different seeds"):
+        plot.read_scores("cells")
+
+
+def test_what_is_predicted_has_a_number_of_seeds(plot):
+    for suite in {prediction[0] for predictions in plot.PREDICTIONS.values() for prediction in predictions}:
+        assert plot.SUITES[suite]["n"] >= plot.FEW or plot.SUITES[suite]["cells"]
+        assert (ROOT / "benchmark" / "results" / suite / "PROTOCOL.md").exists()
 
 
 @pytest.fixture
@@ -491,7 +508,7 @@ def cells(plot, monkeypatch):
     cells nothing at the end."""
     names = [f"{split} encoder {seed}" for split in ("one", "two") for seed in (1, 2)]
     methods = {f"{cell}, {method}": "" for cell in names for method in "ab"}
-    monkeypatch.setitem(plot.SUITES, "cells", {"program": "ppo_pisco.py", "cells": True, "methods": methods})
+    monkeypatch.setitem(plot.SUITES, "cells", {"program": "ppo_pisco.py", "n": 2, "cells": True, "methods": methods})
     gains = [(0.5, 0.5), (0.5, 0.5), (0.25, 0.25), (0.5, 0.0)]  # at both evaluations, in every cell
     scores = {f"{cell}, a": np.full((2, 2), 0.25) for cell in names}
     scores |= {f"{cell}, b": 0.25 + np.array([gain, gain]) for cell, gain in zip(names, gains)}
@@ -563,7 +580,6 @@ def test_verdicts_table_and_forest(plot, monkeypatch):
 
 def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
     monkeypatch.setitem(plot.SUITES, "a-rates", {"program": "ppo_pisco.py", "methods": {}})
-    monkeypatch.setattr(plot, "FEW", 2)
     runs = [("a, b", "1e-3", (0.25, 0.75)), ("a, b", "1e-2", (0.5, 0.5))]
     runs += [("c", "1e-3", (0.5,)), ("c", "1e-2", (1.0,)), ("d", "1e-2", (1.0, 1.0))]
     for method, rate, scores in runs:
@@ -573,7 +589,7 @@ def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "manifest.json").write_text("{}")
             (folder / "metrics.csv").write_text(f"global_step,eval/greedy_success\n10,{score}\n20,0.75\n")
-    assert plot.write_rates_table(plot.read_suite("a-rates")).splitlines() == [
+    assert plot.write_rates_table(plot.read_suite("a-rates"), 2).splitlines() == [
         "| method | 1e-3 | 1e-2 | n |",
         "|---|---|---|---|",
         "| a, b | **0.62 (0.75)** | 0.62 (0.75) | 2 |",  # the smaller one of two equals
@@ -592,19 +608,6 @@ def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch):
         assert own == max(means, key=means.get)
     linear, mlp = (results[f"frozen, {h}, {suites.OWN_RATE[f'frozen, {h}']}"] for h in ("linear head", "MLP head"))
     assert mlp.scores.mean() > linear.scores.mean()
-
-
-def test_noise_is_read_by_method(plot, tmp_path, monkeypatch):
-    monkeypatch.setitem(plot.SUITES, "jump-noise", {"program": "x", "methods": {"one": "", "none": ""}})
-    for seed, share in ((1, 0.5), (2, 0.25)):
-        folder = tmp_path / "jump-noise" / "one" / str(seed)
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
-        noise = {"0": {"target": 1.0, "grid": 0}, "8": {"target": share, "grid": 0}, "16": {"target": 0.0, "grid": 0}}
-        (folder / "evaluation.json").write_text(json.dumps({"noise": noise}))
-    stds, shares = plot.read_noise()["one"]
-    assert stds.tolist() == [0, 8, 16] and shares.tolist() == [[1, 0.5, 0], [1, 0.25, 0]]
-    assert list(plot.read_noise()) == ["one"]
 
 
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
