@@ -15,6 +15,7 @@ then reported. After Ctrl-C the same command goes on.
 """
 
 import ctypes
+import fnmatch
 import json
 import os
 import platform
@@ -54,7 +55,7 @@ class Args:
     first_seed: int = 1
     """and these begin here"""
     methods: tuple[str, ...] = ()
-    """only these methods of the suite"""
+    """only these methods of the suite; `*` stands for anything"""
     cpus: float = 1
     """cores for each run"""
     gpus: float = 0
@@ -92,10 +93,11 @@ def choose_runs(args):
     is no place for results."""
     if args.suite not in SUITES:
         raise UsageError(f"suite {args.suite!r}: choose one of {', '.join(SUITES)}")
-    methods = args.methods or tuple(SUITES[args.suite]["methods"])
-    unknown = [method for method in methods if method not in SUITES[args.suite]["methods"]]
+    known, patterns = list(SUITES[args.suite]["methods"]), args.methods or ("*",)
+    unknown = [pattern for pattern in patterns if not fnmatch.filter(known, pattern)]
     if unknown:
-        raise UsageError(f"--methods {unknown[0]!r}: choose among {', '.join(SUITES[args.suite]['methods'])}")
+        raise UsageError(f"--methods {unknown[0]!r}: choose among {', '.join(known)}")
+    methods = [method for method in known if any(fnmatch.fnmatch(method, pattern) for pattern in patterns)]
     if args.seeds < 1:
         raise UsageError(f"--seeds {args.seeds}: must be positive")
     if args.cpus <= 0 or args.gpus < 0:

@@ -146,7 +146,10 @@ SPLITS = {  # name: source tasks, target tasks
         join((x, y) for x in (25, 35, 45) for y in (5, 15, 25)),
     ),
 }
-JUMP_SOURCE = f"ppo_pisco.py {SCRATCH} --ssl none --total-timesteps 299008 --eval-interval 30720"
+# As pretrain_encoder.py makes the shipped encoder
+JUMP_SOURCE = (
+    f"ppo_pisco.py {SCRATCH} --ssl none --total-timesteps 300000 --anneal-lr --ent-coef 0.003 --eval-interval 30720"
+)
 
 IMPALA_SOURCE = f"{JUMP_SOURCE} --encoder impala"
 IMPALA = {"from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ssl none"} | {
@@ -155,6 +158,8 @@ IMPALA = {"from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ssl none"}
     for ssl, plus in (("none", ""), ("pisco", " + PiSCO"))
     for k in (0, 4, 7, 10)
 }
+
+NATURE = {f"nature, {name}": BASELINES[name] for name in ("finetuned", "frozen bottom")}
 
 
 def with_encoder(methods, encoder):
@@ -196,7 +201,8 @@ SUITES = {
         "methods": {"lattice 8 floors": "--jump-tasks source"},
     },
     "jump-impala-rates": over_rates(
-        with_encoder(IMPALA, encoder_of(f"{IMPALA_SOURCE} --jump-tasks source", 1)),
+        with_encoder(IMPALA, encoder_of(f"{IMPALA_SOURCE} --jump-tasks source", 1))
+        | with_encoder(NATURE, encoder_of(f"{JUMP_SOURCE} --jump-tasks source", 1)),
         rates=("3e-4", "1e-3", "3e-3"),
         length="--total-timesteps 51200 --eval-interval 10240",
         n=2,

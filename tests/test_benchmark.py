@@ -73,9 +73,9 @@ DIGESTS = {
     "dmc-small": "8c9840080f0e",
     "dmc-small-two-cores": "989ae020ddce",
     "dmc-transfer-repeat-8": "839509d6325b",
-    "jump-sources": "46bd84997012",
-    "jump-impala-sources": "1394afbf8bce",
-    "jump-impala-rates": "9d8244015d12",
+    "jump-sources": "92d4a8f2e429",
+    "jump-impala-sources": "d291e28a5fa2",
+    "jump-impala-rates": "02cbb5776d21",
     "dmc-sparse": "ddf528af3452",
     "dmc-swingup": "367faabb5859",
     "dmc-official": "c1a3fbdb854f",
@@ -127,6 +127,8 @@ def test_runs_go_seed_by_seed(runner, capsys, tmp_path):
     assert [(run.method, run.seed) for run in runs] == [
         ("one method", 1), ("failing", 1), ("one method", 2), ("failing", 2)
     ]  # fmt: skip
+    some = runner.choose_runs(runner.Args(suite="tiny", seeds=1, methods=("fail*", "one method"), results=tmp_path))
+    assert [run.method for run in some] == ["one method", "failing"]
     late = runner.choose_runs(runner.Args(suite="tiny", seeds=2, first_seed=101, results=tmp_path))
     assert [run.seed for run in late] == [101, 101, 102, 102]
     assert runs[0].command.startswith("python /") and runs[0].command.endswith("program.py --lr 1 --x 2 --seed 1")
