@@ -295,6 +295,20 @@ def draw_bands(axes, x, scores, label, style):
     axes.plot(x, point, linewidth=2.2, label=f"{label} (n = {count})", **style)
 
 
+def draw_official(axes, suite, frames):
+    """The official DrQ-v2 agent's returns, mean and range over its seeds, at the marks up to `frames` where a control
+    suite has one task; on the scale of all returns."""
+    axes.set_ylim(0, 1000)
+    task = re.search(r"--env-id (\S+)", SUITES[suite]["program"])
+    rows = [
+        row for row in read_rows(RESULTS / "drqv2_official.csv") if task and row["task"] == task[1].replace("-", "_")
+    ]
+    marks = np.array([[float(row[key]) for key in ("frames", "mean", "min", "max")] for row in rows]).reshape(-1, 4)
+    x, mean, low, high = marks[marks[:, 0] <= frames].T
+    label = "official agent, other settings (mean, range)"
+    axes.errorbar(x, mean, [mean - low, high - mean], fmt="s", color="0.5", capsize=4, label=label)
+
+
 def draw_curves(suite, results):
     """Learning curves as benchmark/figures/SUITE.png, in the panels of PANELS or in one. Single runs are shown, faint,
     where they are too few for an interval."""
@@ -309,6 +323,8 @@ def draw_curves(suite, results):
             if runs.scores.ndim == 2 and len(runs.seeds) < FEW:
                 axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style)
             draw_bands(axes, runs.steps, runs.scores, method, style)
+        if program_of(suite) == "drqv2_pisco.py":
+            draw_official(axes, suite, runs.steps[-1])
         axes.set_xlabel(step_name)
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)

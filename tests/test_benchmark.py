@@ -627,6 +627,17 @@ def test_table_goes_between_its_marks_alone(plot, tmp_path, monkeypatch):
     assert page.read_text() == "a\n<!-- tiny -->\n| new \\1 |\n<!-- /tiny -->\nb <!-- other -->\nc\n<!-- /other -->\n"
 
 
+def test_official_marks_are_those_of_the_task_within_the_run(plot, tmp_path, monkeypatch):
+    rows = ["task,frames,mean,min,max", "a_b,50,400,300,600", "a_b,100,900,800,950", "a_bc,50,1,1,1"]
+    (tmp_path / "drqv2_official.csv").write_text("\n".join(rows))
+    monkeypatch.setitem(plot.SUITES, "control", {"program": "drqv2_pisco.py --env-id a-b --bf16", "methods": {}})
+    axes = plot.plt.figure().subplots()
+    plot.draw_official(axes, "control", 99.0)
+    ((marks, caps, bars),) = axes.containers
+    assert marks.get_xydata().tolist() == [[50.0, 400.0]] and axes.get_ylim() == (0, 1000)
+    assert [cap.get_ydata().tolist() for cap in caps] == [[300.0], [600.0]]
+
+
 def test_unknown_suite(plot, capsys):
     assert plot.main(["bogus"]) == 2
     assert capsys.readouterr().err.startswith("plot.py: error: suite 'bogus'")
