@@ -201,13 +201,39 @@ def over_cells(suite, results):
     }
 
 
+def read_noise():
+    """{"CELL, METHOD": Runs} of jump-noise's policies: as steps the standard deviations of the noise, none first, as
+    scores the shares of target tasks solved."""
+    results = {}
+    for name in SUITES["jump-noise"]["methods"]:
+        folders = seed_folders("jump-noise", name)
+        tables = [json.loads((path / "evaluation.json").read_text())["noise"] for path in folders.values()]
+        shares = np.array([[values["target"] for values in table.values()] for table in tables])
+        results[name] = Runs(list(folders), np.array(list(tables[0]), dtype=float), shares)
+    return results
+
+
+def kept_under_noise():
+    """{method: scores} of jump-noise's policies under the strongest noise: success less that without noise, and over it
+    less one, which is 0 where there is none to lose."""
+    kept = {}
+    for method, runs in over_cells("jump-noise", read_noise()).items():
+        clean, noisy = runs.scores[..., 0], runs.scores[..., -1]
+        change = noisy - clean
+        share = np.divide(change, clean, out=np.zeros_like(change), where=clean > 0)
+        kept[f"{method}, kept under noise"] = np.stack([change, change], -1)
+        kept[f"{method}, share kept"] = np.stack([share, share], -1)
+    return kept
+
+
 def read_scores(suite):
     """{method: scores of Runs.both, as shares of the highest} of the kept runs; none of an incomplete suite."""
     results = read_suite(suite)
     if not is_complete(suite, results):
         return {}
     results = over_cells(suite, results) if SUITES[suite].get("cells") else results
-    return {method: runs.both / MAXIMUM[program_of(suite)] for method, runs in results.items()}
+    further = kept_under_noise() if suite == "jump-noise" else {}
+    return {method: runs.both / MAXIMUM[program_of(suite)] for method, runs in results.items()} | further
 
 
 def estimate(sample, statistic):
@@ -506,6 +532,17 @@ def write_fragility(suite, predictions):
     return markdown(["prediction", *names, "hinges on"], rows)
 
 
+def write_noise_table():
+    """Success under noise as Markdown: a method in each row, a standard deviation in each column, means over cells."""
+    rows, results = [], over_cells("jump-noise", read_noise())
+    for method, runs in results.items():
+        none = int((runs.scores[..., 0] == 0).sum())
+        points = [f"{point:.2f}" for point in runs.scores.mean((0, 1))]
+        rows.append([method, str(runs.scores[..., 0].size), *points, str(none)])
+    stds = [f"noise {std:g}" for std in runs.steps]
+    return markdown(["method", "n", *stds, "solve nothing without noise"], rows)
+
+
 def write_rates_table(results, n):
     """Every method's mean over the run (at the end) at every learning rate and the seeds, as Markdown; in bold the best
     mean of a method with n seeds at every rate."""
@@ -716,6 +753,8 @@ def main(argv=None):
             tables = {suite: write_cells_table(suite, results), f"{suite} splits": write_fragility(suite, own)}
         else:
             tables = {suite: write_table(suite, results)}
+        if suite == "jump-noise":
+            tables["noise"] = write_noise_table()
         if suite in GAINS:
             tables[f"{suite} gains"] = write_gains(suite)
         for name, table in tables.items():

@@ -612,6 +612,36 @@ def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch):
     assert mlp.scores.mean() > linear.scores.mean()
 
 
+def test_noise_by_hand(plot, tmp_path, monkeypatch):
+    """Success without noise, under 8 and under 16: one run loses half of 0.5, one gains 0.25, one has none to lose."""
+    suite = {"program": "x", "cells": True, "n": 2, "methods": {"one, a": "", "two, a": ""}}
+    monkeypatch.setitem(plot.SUITES, "jump-noise", suite)
+    shares = {
+        ("one", 1): (0.5, 0.5, 0.25),
+        ("one", 2): (0.5, 1.0, 0.75),
+        ("two", 3): (0.0,) * 3,
+        ("two", 4): (1.0, 1.0, 0.0),
+    }
+    for (cell, seed), values in shares.items():
+        folder = tmp_path / "jump-noise" / f"{cell},_a" / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        (folder / "metrics.csv").write_text("global_step,eval/greedy_success\n10,0.5\n")
+        noise = {std: {"target": value, "grid": 0} for std, value in zip(("0", "8", "16"), values)}
+        (folder / "evaluation.json").write_text(json.dumps({"noise": noise}))
+    scores = plot.read_scores("jump-noise")
+    assert (
+        list(scores) == ["a", "a, kept under noise", "a, share kept"] and scores["a"].tolist() == [[[0.5, 0.5]] * 2] * 2
+    )
+    assert scores["a, kept under noise"][..., 0].tolist() == [[-0.25, 0.25], [0.0, -1.0]]
+    assert scores["a, share kept"][..., 1].tolist() == [[-0.5, 0.5], [0.0, -1.0]]
+    assert plot.write_noise_table().splitlines() == [
+        "| method | n | noise 0 | noise 8 | noise 16 | solve nothing without noise |",
+        "|---|---|---|---|---|---|",
+        "| a | 4 | 0.50 | 0.62 | 0.25 | 1 |",
+    ]
+
+
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
     path = tmp_path / "tiny" / "one_method" / "1" / "metrics.csv"
     path.write_text(path.read_text().replace("20,", "21,"))
