@@ -549,7 +549,7 @@ def write_rates_table(results, n):
     methods = scan_lines(RATES_SCAN[0], results)  # {method: {rate: Runs}}
     rates, rows = list(dict.fromkeys(rate for found in methods.values() for rate in found)), []
     for method, found in methods.items():
-        means = {rate: runs.both[:, 1].mean() for rate, runs in found.items()}
+        means = {rate: round(runs.both[:, 1].mean(), 9) for rate, runs in found.items()}
         counts = sorted({len(runs.seeds) for runs in found.values()})
         # The smaller one of two equals, as the rates rise
         best = max(means, key=means.get) if counts == [n] and len(means) == len(rates) else None

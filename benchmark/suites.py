@@ -117,8 +117,6 @@ BASELINES = {  # method: program and flags
     "frozen bottom": f"ppo_pisco.py {JUMP_FROZEN} --ssl none",
     "frozen bottom + PiSCO": f"ppo_pisco.py {JUMP_FROZEN} --ssl pisco",
 }
-# What jump-rates has chosen by its protocol; a frozen encoder's better head is the MLP.
-OWN_RATE = dict.fromkeys(BASELINES, "3e-3") | {"frozen, linear head": "3e-2"}
 FURTHER_LOSSES = {
     "finetuned + PiSCO": "ppo_pisco.py --freeze-layers 0 --ssl pisco",
     "frozen bottom + SimSiam": f"ppo_pisco.py {JUMP_FROZEN} --ssl simsiam",
@@ -131,6 +129,15 @@ STATE_BASELINES = {
     "state encoder, frozen, linear head": f"ppo_pisco.py {STATE} --freeze-layers 4 --ssl none",
     "state encoder, frozen, MLP head": f"ppo_pisco.py {STATE} --freeze-layers 4 --ssl none {MLP}",
     "state encoder, finetuned": f"ppo_pisco.py {STATE} --freeze-layers 0 --ssl none",
+}
+# What the suites *-rates have chosen by their protocols; both times a frozen encoder's better head is the MLP.
+OWN_RATE = dict.fromkeys(BASELINES, "3e-3") | {"frozen, linear head": "3e-2"}
+OWN_RATE |= {
+    "true state, linear": "1e-2",
+    "true state, MLP": "3e-3",
+    "state encoder, frozen, linear head": "1e-2",
+    "state encoder, frozen, MLP head": "3e-3",
+    "state encoder, finetuned": "1e-3",
 }
 
 # Pairs of source and target tasks. Two frozen layers have a stride of 8 pixels: only on lattices of 8 do they see a
@@ -179,17 +186,17 @@ def over_rates(methods, tasks=VALIDATION, rates=RATES, length="--eval-interval 2
     }
 
 
+def on_target(methods):
+    """A suite that runs these methods with their own learning rates on the target tasks."""
+    flags = {name: f"{method} --jump-tasks target --learning-rate {OWN_RATE[name]}" for name, method in methods.items()}
+    return {"program": "", "n": 10, "methods": flags}
+
+
 SUITES = {
     # Which learning rate is every method's own? On the validation tasks.
     "jump-rates": over_rates(BASELINES),
     # Is the paper's recipe ahead of baselines with learning rates of their own?
-    "jump-baselines": {
-        "program": "",
-        "n": 10,
-        "methods": {
-            name: f"{method} --jump-tasks target --learning-rate {OWN_RATE[name]}" for name, method in BASELINES.items()
-        },
-    },
+    "jump-baselines": on_target(BASELINES),
     "jump-loss-rates": over_rates(FURTHER_LOSSES),
     # The encoders of jump-cells, two seeds, and those of jump-impala.
     "jump-sources": {
@@ -207,7 +214,9 @@ SUITES = {
         length="--total-timesteps 51200 --eval-interval 10240",
         n=2,
     ),
+    # Is finetuning needed even where the features hold the whole state?
     "jump-state-rates": over_rates(STATE_BASELINES, tasks=STATE_VALIDATION),
+    "jump-state-baselines": on_target(STATE_BASELINES),
     # The README's main command beside the same number of steps from scratch.
     "quickstart": QUICKSTART,
     # The same with `--cpus 2`, as on a machine of two cores: PyTorch's number of threads changes the last digits.

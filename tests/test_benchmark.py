@@ -63,6 +63,7 @@ DIGESTS = {
     "jump-baselines": "ef1232c56ed5",
     "jump-loss-rates": "039eda73fc7d",
     "jump-state-rates": "ac8161ad78d7",
+    "jump-state-baselines": "868b40418be7",
     "quickstart": "cae1438ee1e6",
     "quickstart-two-cores": "cae1438ee1e6",
     "jump-coef": "2aacb8659e63",
@@ -600,16 +601,21 @@ def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
     ]
 
 
-def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch):
+@pytest.mark.parametrize(
+    "suite, target, frozen",
+    [("jump-rates", "jump-baselines", "frozen"), ("jump-state-rates", "jump-state-baselines", "state encoder, frozen")],
+)
+def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch, suite, target, frozen):
     module = load("plot", monkeypatch)
-    results, suites = module.read_suite("jump-rates"), sys.modules["suites"]
-    assert results.keys() == module.SUITES["jump-rates"]["methods"].keys()
+    results, suites = module.read_suite(suite), sys.modules["suites"]
+    assert results.keys() == module.SUITES[suite]["methods"].keys()
     assert all(runs.seeds == [1, 2, 3, 4, 5] for runs in results.values())
-    for method, own in suites.OWN_RATE.items():
-        means = {rate: results[f"{method}, {rate}"].scores.mean() for rate in suites.RATES}
-        assert own == max(means, key=means.get)
-    linear, mlp = (results[f"frozen, {h}, {suites.OWN_RATE[f'frozen, {h}']}"] for h in ("linear head", "MLP head"))
-    assert mlp.scores.mean() > linear.scores.mean()
+    means = {name: round(runs.scores.mean(), 9) for name, runs in results.items()}
+    for method in module.SUITES[target]["methods"]:
+        # The smaller one of two equals, as the rates rise
+        assert suites.OWN_RATE[method] == max(suites.RATES, key=lambda rate: means[f"{method}, {rate}"])
+    linear, mlp = (f"{frozen}, {head}" for head in ("linear head", "MLP head"))
+    assert means[f"{mlp}, {suites.OWN_RATE[mlp]}"] > means[f"{linear}, {suites.OWN_RATE[linear]}"]
 
 
 def test_noise_by_hand(plot, tmp_path, monkeypatch):
