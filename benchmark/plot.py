@@ -67,6 +67,7 @@ PANELS = {  # suites of more than five methods: which of them are compared in on
 PREDICTIONS = {
     "1. finetuning is needed": [
         ("jump-baselines", "finetuned", "frozen, MLP head", 0.0),
+        ("jump-state-baselines", "state encoder, finetuned", "state encoder, frozen, MLP head", 0.0),
     ],
     "3. bottom layers transfer, top layers must adapt": [
         ("jump-baselines", "frozen bottom", "finetuned", 0.1),
@@ -84,9 +85,8 @@ VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": 
 GAINS = {
     "jump-baselines": [(m, "from scratch") for m in ("frozen, MLP head", "finetuned", "frozen bottom")]
     + [("frozen bottom + PiSCO", "frozen bottom"), ("frozen bottom", "finetuned")],
-    "jump-transfer": [(f"{base} + PiSCO", base) for base in ("from scratch", "finetuned", "frozen bottom")]
-    + [(f"frozen bottom + {loss}", "frozen bottom") for loss in ("SimSiam", "CURL", "consistency")]
-    + [("frozen bottom", "from scratch"), ("finetuned", "from scratch")],
+    "jump-transfer": [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")]
+    + [(f"frozen bottom + {loss}", "frozen bottom") for loss in ("SimSiam", "CURL", "consistency")],
 }
 REPS = 2_000  # bootstrap samples of rliable
 SAMPLES = 20_000  # bootstrap samples over cells

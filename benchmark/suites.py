@@ -236,16 +236,6 @@ SUITES = {
             f"{k} frozen, {ssl}": f"--freeze-layers {k} {SSL[ssl]}" for ssl in ("none", "pisco") for k in range(5)
         },
     },
-    # Is finetuning needed even where the features hold the whole state?
-    "jump-state": {
-        "program": "",
-        "methods": {
-            "linear policy on the true state": "benchmark/linear_state.py",
-            "state encoder, frozen": f"ppo_pisco.py {STATE} --freeze-layers 4 {SSL['none']}",
-            "state encoder, frozen bottom": f"ppo_pisco.py {STATE} {JUMP_FROZEN} {SSL['none']}",
-            "state encoder, finetuned": f"ppo_pisco.py {STATE} --freeze-layers 0 {SSL['none']}",
-        },
-    },
     # Generalisation from 18 tasks to the grid's 286.
     "jump-grid": {
         "program": f"ppo_pisco.py {SCRATCH} --total-timesteps 307200 --eval-interval 30720",

@@ -69,7 +69,6 @@ DIGESTS = {
     "jump-coef": "2aacb8659e63",
     "jump-transfer": "3b8bd14bea2e",
     "jump-depth": "440460c133db",
-    "jump-state": "354de0462bc8",
     "jump-grid": "bb6e3afc65f0",
     "dmc-small": "8c9840080f0e",
     "dmc-small-two-cores": "989ae020ddce",
