@@ -132,9 +132,9 @@ def read_rows(path):
 
 
 def read_curve(folder, columns):
-    """Steps and scores of one kept run's evaluations, (E,) float64 each."""
+    """The columns of one kept run's evaluations, the score last, (E,) float64 each."""
     return np.array(
-        [[float(row[column]) for column in columns] for row in read_rows(folder / "metrics.csv") if row[columns[1]]]
+        [[float(row[column]) for column in columns] for row in read_rows(folder / "metrics.csv") if row[columns[-1]]]
     ).T
 
 
@@ -162,13 +162,9 @@ def read_suite(suite):
 def read_minutes(suite, method):
     """Minutes of training, evaluations left out, until each of E evaluations of the method's n kept runs of
     ppo_pisco.py, (n, E) float64."""
-    curves = [
-        read_curve(folder, ("global_step", "eval/greedy_success")) for folder in seed_folders(suite, method).values()
-    ]
-    rates = [
-        read_curve(folder, ("charts/SPS", "eval/greedy_success")) for folder in seed_folders(suite, method).values()
-    ]
-    return np.stack([steps / sps / 60 for (steps, _), (sps, _) in zip(curves, rates)])
+    columns = ("global_step", "charts/SPS", "eval/greedy_success")
+    curves = [read_curve(folder, columns) for folder in seed_folders(suite, method).values()]
+    return np.stack([steps / sps / 60 for steps, sps, _ in curves])
 
 
 def mean_until(minutes, scores, limit):

@@ -65,13 +65,6 @@ DMC_TARGETS = {  # target task: its source and its own flags
     "walker-run": ("walker-walk", f"{DMC_WALKER} {DMC_MEDIUM}"),
     "hopper-hop": ("hopper-stand", DMC_MEDIUM),
 }
-DMC_METHODS = {
-    "from scratch": "--encoder-weights none --ssl none",
-    "frozen": "--encoder-weights {} --freeze-layers 4 --ssl none",
-    "finetuned": "--encoder-weights {} --freeze-layers 0 --ssl none",
-    "frozen bottom": "--encoder-weights {} --freeze-layers 2 --ssl none",
-    "frozen bottom + PiSCO": "--encoder-weights {} --freeze-layers 2 --ssl pisco",
-}
 
 # MSR Jump
 JUMP_FROZEN = "--freeze-layers 2"  # the bottom: the two layers whose stride is the distance of the floors
@@ -171,7 +164,10 @@ NATURE = {f"nature, {name}": BASELINES[name] for name in ("finetuned", "frozen b
 
 def with_encoder(methods, encoder):
     """The methods with a pretrained encoder's file, but for the one from scratch."""
-    return {m: flags if SCRATCH in flags else f"{flags} --encoder-weights {encoder}" for m, flags in methods.items()}
+    return {
+        m: flags if "--encoder-weights none" in flags else f"{flags} --encoder-weights {encoder}"
+        for m, flags in methods.items()
+    }
 
 
 def over_rates(methods, tasks=VALIDATION, rates=RATES, length="--eval-interval 20480", n=5):
@@ -297,9 +293,9 @@ SUITES = {
     "dmc-transfer": {
         "program": "drqv2_pisco.py --total-frames 100000",
         "methods": {
-            f"{target}, {method}": f"--env-id {target} {own} {flags.format(DMC_ENCODERS[source])}"
+            f"{target}, {method}": f"--env-id {target} {own} {flags}"
             for target, (source, own) in DMC_TARGETS.items()
-            for method, flags in DMC_METHODS.items()
+            for method, flags in with_encoder(DMC_REUSE, DMC_ENCODERS[source]).items()
         },
     },
 }
