@@ -56,6 +56,10 @@ PANELS = {  # suites of more than five methods: which of them are compared in on
         ["from scratch", "frozen, linear head", "frozen, MLP head", "finetuned"],
         ["from scratch", "finetuned", "frozen bottom", "frozen bottom + PiSCO"],
     ],
+    "jump-cells": [
+        ["from scratch", "frozen, MLP head", "finetuned", "finetuned + PiSCO", "frozen bottom + PiSCO"],
+        ["frozen bottom"] + [f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency", "PiSCO")],
+    ],
     "jump-transfer": [
         ["from scratch", "finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + PiSCO"],
         ["frozen bottom"] + [f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency", "PiSCO")],
@@ -77,10 +81,39 @@ PREDICTIONS = {
         ("jump-baselines", "frozen bottom + PiSCO", other, 0.0)
         for other in ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom")
     ],
+    "1. over splits and encoders": [("jump-cells", "finetuned", "frozen, MLP head", 0.0)],
+    "2. over splits and encoders: finetuned features are easier to learn from and more robust": [
+        ("jump-noise", f"finetuned{score}", f"frozen, MLP head{score}", 0.0)
+        for score in ("", ", kept under noise", ", share kept")
+    ],
+    "3. over splits and encoders": [
+        ("jump-cells", "frozen bottom", "finetuned", 0.1),
+        ("jump-cells", "frozen bottom", "frozen, MLP head", 0.0),
+    ],
+    "4. over splits and encoders": [
+        ("jump-cells", "frozen bottom + PiSCO", other, 0.0)
+        for other in ("from scratch", "frozen, MLP head", "finetuned", "finetuned + PiSCO", "frozen bottom")
+        + tuple(f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency"))
+    ],
 }
 MAXIMUM = {"ppo_pisco.py": 1, "drqv2_pisco.py": 1000}  # predictions are judged by shares of the highest score
 EQUAL = {"ppo_pisco.py": 0.1, "drqv2_pisco.py": 0.05}  # a gain whose interval lies within it is no difference
 VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.3"}
+# Families of gains that are asked for without a direction, and differences of two gains beside them: the first method's
+# gain over the second less the third's over the fourth.
+TWO_SIDED = {
+    "jump-prior": [
+        (f"prior {prior}, {base} + PiSCO at {rate}", f"prior {prior}, {base} at {rate}")
+        for prior in ("0.05", "0.1")
+        for base, rate in (("frozen bottom", "1e-3"), ("frozen bottom", "its own rate"), ("finetuned", "its own rate"))
+    ]
+}
+CONTRASTS = {
+    "jump-prior": {
+        "frozen bottom at 1e-3: prior 0.1 less 0.05": (3, 0),  # places in TWO_SIDED
+        "frozen bottom, prior 0.1: 1e-3 less its own rate": (3, 4),
+    }
+}
 # Further differences that benchmark/README.md speaks of: suite: [(method, other), ...]
 GAINS = {
     "jump-baselines": [(m, "from scratch") for m in ("frozen, MLP head", "finetuned", "frozen bottom")]
@@ -92,7 +125,6 @@ REPS = 2_000  # bootstrap samples of rliable
 SAMPLES = 20_000  # bootstrap samples over cells
 FEW = 5  # with fewer seeds an interval is no more than a range: points and means alone are shown
 warnings.filterwarnings("ignore", "random_state is deprecated")  # rliable hands it on to arch
-warnings.filterwarnings("ignore", "Precision loss")  # scipy, where one of two samples has no spread
 
 
 @dataclass
@@ -264,27 +296,22 @@ def improvement(scores, others):
     return float(np.squeeze(point)), np.ravel(interval)
 
 
-def difference(scores, others, level=0.95):
-    """Mean of scores (n,) less the mean of others (m,), and its interval of that level: Welch's, as a bootstrap's is
-    too narrow for a handful of seeds. Where neither sample has any spread the interval is unknown (nan, nan)."""
-    gain = float(np.mean(scores) - np.mean(others))
-    if np.ptp(scores) == np.ptp(others) == 0:
-        return gain, (np.nan, np.nan)
-    low, high = stats.ttest_ind(scores, others, equal_var=False).confidence_interval(level)
-    return gain, (float(low), float(high))
+def welch(plus, minus):
+    """Sum of the means of the samples `plus` [(n,), ...] less that of `minus`, its standard error and the degrees of
+    freedom of its t distribution: Welch's for one sample on each side, Satterthwaite's (1946) for more."""
+    total = float(sum(map(np.mean, plus)) - sum(map(np.mean, minus)))
+    if not any(np.ptp(scores) for scores in (*plus, *minus)):  # no spread
+        return total, 0.0, 1.0
+    squares, counts = np.array([(np.var(x, ddof=1) / len(x), len(x)) for x in (*plus, *minus)]).T
+    return total, float(squares.sum() ** 0.5), float(squares.sum() ** 2 / (squares**2 / (counts - 1)).sum())
 
 
-def contrast(samples, level=0.95):
-    """Sum of the means of samples {sign: [scores (n,), ...]}, each times its sign, and its interval of that level, with
-    Satterthwaite's degrees of freedom: Welch's for two samples, for four a difference of differences."""
-    signed = [(sign, scores) for sign, found in samples.items() for scores in found]
-    squares = np.array([np.var(scores, ddof=1) / len(scores) for _, scores in signed])
-    if not squares.any():  # without any spread the interval is unknown
-        return float(sum(sign * np.mean(scores) for sign, scores in signed)), (np.nan, np.nan)
-    freedom = squares.sum() ** 2 / (squares**2 / [len(scores) - 1 for _, scores in signed]).sum()
-    half = stats.t.ppf((1 + level) / 2, freedom) * squares.sum() ** 0.5
-    total = float(sum(sign * np.mean(scores) for sign, scores in signed))
-    return total, (float(total - half), float(total + half))
+def difference(plus, minus, level=0.95):
+    """welch's sum and its interval of that level, as a bootstrap's is too narrow for a handful of seeds. Where no
+    sample has any spread the interval is unknown (nan, nan)."""
+    total, error, freedom = welch(plus, minus)
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error if error else np.nan
+    return total, (total - half, total + half)
 
 
 def style_of(i):
@@ -585,9 +612,9 @@ def compare(ours, others, margin):
     the same seeds, and the percentiles of resample are the test and the interval.
     """
     if ours.ndim == 1:
-        flat = np.ptp(ours) == np.ptp(others) == 0  # without any spread there is no test
-        pvalue = 1.0 if flat else stats.ttest_ind(ours + margin, others, equal_var=False).pvalue
-        return pvalue, lambda level: difference(ours, others, level)
+        gain, error, freedom = welch([ours], [others])
+        pvalue = float(2 * stats.t.sf(abs(gain + margin) / error, freedom)) if error else 1.0
+        return pvalue, lambda level: difference([ours], [others], level)
     gains = ours - others
     samples = resample(gains)
     pvalue = min(1.0, 2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin)))
@@ -617,7 +644,7 @@ def gains_of(suite, ours, others):
     table. None where one method has too few runs for an interval."""
     if min(len(ours), len(others)) < FEW:
         return None
-    end, mean = (difference(ours[:, i], others[:, i]) for i in (0, 1))
+    end, mean = (difference([ours[:, i]], [others[:, i]]) for i in (0, 1))
     cells = [with_interval(*gain, DIGITS[program_of(suite)], "+") for gain in (mean, end)]
     return [*cells, f"{len(ours)}, {len(others)}"]
 
@@ -631,6 +658,25 @@ def write_gains(suite):
         gains = gains_of(suite, *(results[m].both if m in results else [] for m in (method, other)))
         if gains:
             rows.append([f"{method} - {other}", *gains])
+    return markdown(names, rows)
+
+
+def write_two_sided(suite):
+    """A suite's family of gains as Markdown, under Holm's correction, and the differences of two of them, uncorrected;
+    no rows before the suite is complete."""
+    names = ["gain", "", "mean over the run", "at the end", "means", "runs"]
+    scores, rows = read_scores(suite), []
+    words = {"supported": "a gain", "contradicted": "a loss"}
+    predictions = [(suite, *pair, 0.0) for pair in TWO_SIDED[suite]]
+    for (_, ours, others, _), mean, end, counts in judge(predictions, {suite: scores}):
+        word = verdict(*mean[1], 0.0, EQUAL[program_of(suite)])
+        both = [with_interval(*gain, 2, "+") for gain in (mean, end)]
+        means = " for ".join(f"{scores[method][:, 1].mean():.2f}" for method in (ours, others))
+        rows.append([f"{ours} - the same without", words.get(word, word), *both, means, f"{counts[0]}, {counts[1]}"])
+    for name, places in CONTRASTS[suite].items() if scores else ():
+        (a, b), (c, d) = ([scores[method] for method in TWO_SIDED[suite][place]] for place in places)
+        both = [difference([a[:, i], d[:, i]], [b[:, i], c[:, i]]) for i in (1, 0)]
+        rows.append([name, "", *(with_interval(*found, 2, "+") for found in both), "", ""])
     return markdown(names, rows)
 
 
@@ -751,6 +797,8 @@ def main(argv=None):
             tables = {suite: write_table(suite, results)}
         if suite == "jump-noise":
             tables["noise"] = write_noise_table()
+        if suite in TWO_SIDED:
+            tables[f"{suite} gains"] = write_two_sided(suite)
         if suite in GAINS:
             tables[f"{suite} gains"] = write_gains(suite)
         for name, table in tables.items():

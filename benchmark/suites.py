@@ -132,6 +132,12 @@ OWN_RATE |= {
     "state encoder, frozen, MLP head": "3e-3",
     "state encoder, finetuned": "1e-3",
 }
+OWN_RATE |= {
+    "finetuned + PiSCO": "1e-3",
+    "frozen bottom + SimSiam": "1e-3",
+    "frozen bottom + CURL": "3e-3",
+    "frozen bottom + consistency": "3e-3",
+}
 
 # Pairs of source and target tasks. Two frozen layers have a stride of 8 pixels: only on lattices of 8 do they see a
 # target task as they saw a source task, at another place.
@@ -162,6 +168,17 @@ IMPALA = {"from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ssl none"}
 NATURE = {f"nature, {name}": BASELINES[name] for name in ("finetuned", "frozen bottom")}
 
 
+# PiSCO's gain at two priors of jumping, with the rate of the older suites and with the methods' own
+METHODS = BASELINES | FURTHER_LOSSES
+JUMP_PRIOR = {
+    f"prior {prior}, {name} at {rate or 'its own rate'}": f"{METHODS[name]} --jump-tasks target --jump-prior {prior} "
+    f"--learning-rate {rate or OWN_RATE[name]}"
+    for prior in ("0.05", "0.1")
+    for base, rate in (("frozen bottom", "1e-3"), ("frozen bottom", None), ("finetuned", None))
+    for name in (base, f"{base} + PiSCO")
+}
+
+
 def with_encoder(methods, encoder):
     """The methods with a pretrained encoder's file, but for the one from scratch."""
     return {
@@ -182,10 +199,32 @@ def over_rates(methods, tasks=VALIDATION, rates=RATES, length="--eval-interval 2
     }
 
 
+def with_own_rates(methods, tasks):
+    """The methods on these tasks with their own learning rates."""
+    return {name: f"{flags} --jump-tasks {tasks} --learning-rate {OWN_RATE[name]}" for name, flags in methods.items()}
+
+
 def on_target(methods):
     """A suite that runs these methods with their own learning rates on the target tasks."""
-    flags = {name: f"{method} --jump-tasks target --learning-rate {OWN_RATE[name]}" for name, method in methods.items()}
-    return {"program": "", "n": 10, "methods": flags}
+    return {"program": "", "n": 10, "methods": with_own_rates(methods, "target")}
+
+
+def in_cells(methods):
+    """{"SPLIT encoder SEED, METHOD": flags} of the methods with their own learning rates on every split's target tasks,
+    with each of the encoders of jump-sources, which this machine must have made."""
+    return {
+        f"{split} encoder {seed}, {name}": flags
+        for split, (source, target) in SPLITS.items()
+        for seed in (1, 2)
+        for name, flags in with_encoder(
+            with_own_rates(methods, target), encoder_of(f"{JUMP_SOURCE} --jump-tasks {source}", seed)
+        ).items()
+    }
+
+
+CELLS = in_cells({name: flags for name, flags in METHODS.items() if name != "frozen, linear head"})
+FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
+FIVE_IN_CELLS = {name: flags for name, flags in CELLS.items() if name.split(", ", 1)[1] in FIVE}
 
 
 SUITES = {
@@ -194,10 +233,30 @@ SUITES = {
     # Is the paper's recipe ahead of baselines with learning rates of their own?
     "jump-baselines": on_target(BASELINES),
     "jump-loss-rates": over_rates(FURTHER_LOSSES),
+    # Does PiSCO's gain depend on the prior of jumping, or on the learning rate?
+    "jump-prior": {"program": "", "n": 20, "methods": JUMP_PRIOR},
     # The encoders of jump-cells, two seeds, and those of jump-impala.
     "jump-sources": {
         "program": JUMP_SOURCE,
         "methods": {split: f"--jump-tasks {source}" for split, (source, _) in SPLITS.items()},
+    },
+    # Do the paper's claims hold over splits and encoders?
+    "jump-cells": {"program": "", "n": 3, "cells": True, "methods": CELLS},
+    # Are finetuned features easier to learn from, and more robust to noise? On the networks of jump-cells.
+    "jump-noise": {
+        "program": "benchmark/jump_noise.py",
+        "n": 3,
+        "cells": True,
+        "methods": {name: flags.removeprefix("ppo_pisco.py ") for name, flags in FIVE_IN_CELLS.items()},
+    },
+    # Does training from scratch catch up?
+    "jump-long": {
+        "program": "",
+        "methods": {
+            name: f"{flags} --total-timesteps 307200 --eval-interval 30720"
+            for name, flags in FIVE_IN_CELLS.items()
+            if name.startswith(("lattice 8 floors encoder 1", "lattice 5 grid encoder 1"))
+        },
     },
     "jump-impala-sources": {
         "program": IMPALA_SOURCE,

@@ -62,6 +62,10 @@ DIGESTS = {
     "jump-rates": "e7cc75cf29a7",
     "jump-baselines": "ef1232c56ed5",
     "jump-loss-rates": "039eda73fc7d",
+    "jump-prior": "017ad930511d",
+    "jump-cells": "1d300ee8d8cc",
+    "jump-noise": "1d1b518847e0",
+    "jump-long": "4e1ef41293a9",
     "jump-state-rates": "ac8161ad78d7",
     "jump-state-baselines": "868b40418be7",
     "quickstart": "cae1438ee1e6",
@@ -351,44 +355,71 @@ def test_verdict(plot, low, high, margin, expected):
 
 def test_claims_and_gains_name_methods_of_their_suites(plot):
     pairs = [prediction[:3] for predictions in plot.PREDICTIONS.values() for prediction in predictions]
-    pairs += [(suite, *pair) for suite, differences in plot.GAINS.items() for pair in differences]
+    pairs += [(suite, *pair) for found in (plot.GAINS, plot.TWO_SIDED) for suite in found for pair in found[suite]]
     for suite, method, other in pairs:
-        assert {method, other} <= plot.SUITES[suite]["methods"].keys()
+        methods = plot.SUITES[suite]["methods"]
+        if plot.SUITES[suite].get("cells"):
+            methods = {name.split(", ", 1)[1] for name in methods}
+            methods |= {f"{name}, {score}" for name in methods for score in ("kept under noise", "share kept")}
+        assert {method, other} <= set(methods)
         assert method != other
     assert all(len(set(differences)) == len(differences) for differences in plot.GAINS.values())
 
 
 def test_difference_has_welchs_interval(plot):
-    gain, (low, high) = plot.difference(np.array([1.0, 3.0]), np.array([0.0, 2.0]))
+    gain, (low, high) = plot.difference([np.array([1.0, 3.0])], [np.array([0.0, 2.0])])
     # Both samples' variance is 2, so the standard error is sqrt(2/2 + 2/2), with 2 degrees of freedom: t = 4.302653
     half = 4.302653 * 2**0.5
     assert gain == 1.0 and (low, high) == pytest.approx((1 - half, 1 + half), abs=1e-5)
-    gain, interval = plot.difference(np.array([1.0, 1.0]), np.array([0.5, 0.5]))
+    gain, interval = plot.difference([np.array([1.0, 1.0])], [np.array([0.5, 0.5])])
     assert gain == 0.5 and np.isnan(interval).all()
     assert (
         plot.with_interval(gain, interval, 2, "+") == "+0.50 [?, ?]"
         and plot.verdict(*interval, 0.0, 0.1) == "inconclusive"
     )
-
-
-def test_contrast_is_welchs_for_two_samples_and_goes_on_to_four(plot):
     random = np.random.default_rng(0)
-    a, b = random.normal(1, 0.1, 8), random.normal(0, 0.3, 5)
-    (gain, interval), (welch, welchs) = plot.contrast({1: [a], -1: [b]}, 0.9), plot.difference(a, b, 0.9)
-    assert gain == pytest.approx(welch) and interval == pytest.approx(welchs)
-    # Four samples of variance 2 and two runs each: a standard error of sqrt(4), four degrees of freedom, t = 2.776445
+    unequal = random.normal(1, 0.1, 8), random.normal(0, 0.3, 5)
+    welch = plot.stats.ttest_ind(*unequal, equal_var=False)
+    assert plot.difference(unequal[:1], unequal[1:], 0.9)[1] == pytest.approx(tuple(welch.confidence_interval(0.9)))
+    assert plot.compare(*unequal, 0.0)[0] == pytest.approx(welch.pvalue)
+    shifted = plot.stats.ttest_ind(unequal[0] - 0.9, unequal[1], equal_var=False)
+    assert plot.compare(*unequal, -0.9)[0] == pytest.approx(shifted.pvalue)
+
+
+def test_difference_of_differences_by_hand(plot):
+    """Four samples of variance 2 and two runs each: a standard error of sqrt(4), four degrees of freedom."""
     up, down = np.array([3.0, 5.0]), np.array([0.0, 2.0])
-    gain, (low, high) = plot.contrast({1: [up, down], -1: [down, down]})
+    gain, (low, high) = plot.difference([up, down], [down, down])
     assert gain == 3.0 and (low, high) == pytest.approx((3 - 2 * 2.776445, 3 + 2 * 2.776445), abs=1e-5)
 
 
 def test_gains_are_of_the_kept_runs(plot, monkeypatch):
     monkeypatch.setattr(plot, "FEW", 2)
     monkeypatch.setitem(plot.GAINS, "tiny", [("one method", "one method"), ("one method", "no results")])
-    monkeypatch.setattr(plot, "difference", lambda a, b: (a.mean() - 2 * b.mean(), (-0.9, -0.1)))
+    monkeypatch.setattr(plot, "difference", lambda a, b: (a[0].mean() - 2 * b[0].mean(), (-0.9, -0.1)))
     assert plot.write_gains("tiny").splitlines()[2:] == [
         "| one method - one method | -0.62 [-0.90, -0.10] | -0.75 [-0.90, -0.10] | 2, 2 |"
     ]
+
+
+def test_gains_without_a_direction_and_their_difference(plot, monkeypatch):
+    """Two gains under Holm's correction, one clear and one clearly negative, and the first less the second."""
+    random = np.random.default_rng(0)
+    a, b, c, d = random.normal(0, 0.1, (4, 6, 2)) + np.array([1.0, 0.0, 0.0, 2.0])[:, None, None]
+    scores = {"with": a, "without": b, "other with": c, "other without": d}
+    monkeypatch.setattr(plot, "read_scores", lambda suite: scores)
+    monkeypatch.setitem(plot.TWO_SIDED, "tiny", [("with", "without"), ("other with", "other without")])
+    monkeypatch.setitem(plot.CONTRASTS, "tiny", {"first less second": (0, 1)})
+    gain, loss, contrast = (row.split(" | ") for row in plot.write_two_sided("tiny").splitlines()[2:])
+    means = [x[:, 1].mean() for x in (a, b, c, d)]
+    assert gain[:2] == ["| with - the same without", "a gain"] and loss[1] == "a loss"
+    assert gain[2] == plot.with_interval(*plot.difference([a[:, 1]], [b[:, 1]]), 2, "+")  # its p is the larger one
+    assert loss[3] == plot.with_interval(*plot.difference([c[:, 0]], [d[:, 0]], 1 - 0.05 / 2), 2, "+")
+    assert gain[4:] == [f"{means[0]:.2f} for {means[1]:.2f}", "6, 6 |"]
+    assert contrast[0] == "| first less second"
+    assert contrast[2].startswith(f"{means[0] - means[1] - means[2] + means[3]:+.2f} [")
+    monkeypatch.setattr(plot, "read_scores", lambda suite: {})
+    assert len(plot.write_two_sided("tiny").splitlines()) == 2
 
 
 def test_pages_have_a_place_for_every_table_of_gains(plot):
@@ -418,9 +449,9 @@ def test_a_claims_predictions_share_its_error(plot):
     predictions = [("tiny", "high", "low", 0.0), ("tiny", "same", "low", 0.0), ("tiny", "few", "low", 0.0)]
     (first, mean, end, counts), (second, other_mean, _, _) = plot.judge(predictions, scores)
     assert (first, second, counts) == (*predictions[:2], (6, 6, 1))
-    assert mean == plot.difference(high[:, 1], low[:, 1], 1 - 0.05 / 2)
-    assert end == plot.difference(high[:, 0], low[:, 0], 1 - 0.05 / 2)
-    assert other_mean == plot.difference(low[:, 1] + 0.01, low[:, 1], 0.95)
+    assert mean == plot.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2)
+    assert end == plot.difference([high[:, 0]], [low[:, 0]], 1 - 0.05 / 2)
+    assert other_mean == plot.difference([low[:, 1] + 0.01], [low[:, 1]], 0.95)
 
 
 def test_margin_enters_the_test(plot):
@@ -430,7 +461,7 @@ def test_margin_enters_the_test(plot):
     scores = {"tiny": {"base": base, "better": better, "same": base[::-1]}}
     predictions = [("tiny", "same", "base", 1.0), ("tiny", "better", "base", 0.0)]
     found = plot.judge(predictions, scores)
-    assert found[0][1] == plot.difference(base[::-1, 1], base[:, 1], 1 - 0.05 / 2)
+    assert found[0][1] == plot.difference([base[::-1, 1]], [base[:, 1]], 1 - 0.05 / 2)
 
 
 def test_gains_in_sentences_stand_in_tables():
@@ -465,13 +496,17 @@ def test_gain_over_cells_has_the_percentiles_of_its_samples(plot, monkeypatch):
 
 
 def test_predictions_over_cells_are_judged(plot):
-    base = np.zeros((3, 2, 2)) + np.array([0.0, 0.1])[:, None]  # (cells, seeds, scores)
-    better = base + np.array([0.5, 0.25])
-    ((_, mean, end, counts),) = plot.judge(
-        [("tiny", "better", "base", 0.0)], {"tiny": {"base": base, "better": better}}
-    )
-    assert mean == (0.25, pytest.approx((0.25, 0.25))) and end == (0.5, pytest.approx((0.5, 0.5)))
-    assert counts == (6, 6, 3)
+    """By cell and seed. All gains over "low" are positive: tested first, at 0.05 / 2; those over "same" at 0.05."""
+    random = np.random.default_rng(0)
+    ours, low, same = random.uniform(0, 1, (3, 4, 3, 2)) + np.array([2.0, 0.0, 2.0])[:, None, None, None]
+    scores = {"tiny": {"ours": ours, "low": low, "same": same}}
+    predictions = [("tiny", "ours", "same", 0.0), ("tiny", "ours", "low", 0.0)]
+    for (_, mean, end, counts), others, level in zip(plot.judge(predictions, scores), (same, low), (0.05, 0.025)):
+        assert counts == (12, 12, 4)
+        for (gain, interval), column in ((mean, 1), (end, 0)):
+            gains = (ours - others)[..., column]
+            assert gain == pytest.approx(gains.mean())
+            assert interval == pytest.approx(np.quantile(plot.resample(gains), [level / 2, 1 - level / 2]))
 
 
 def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
@@ -544,7 +579,7 @@ def test_pair_without_spread_passes_no_test(plot):
     scores = {"tiny": {"one": np.ones((5, 2)), "half": np.full((5, 2), 0.5), "low": clear, "high": clear + 1}}
     flat, found = plot.judge([("tiny", "one", "half", 0.0), ("tiny", "high", "low", 0.0)], scores)
     assert flat[1][0] == 0.5 and np.isnan(flat[1][1]).all()
-    assert found[1] == plot.difference(clear[:, 1] + 1, clear[:, 1], 1 - 0.05 / 2)
+    assert found[1] == plot.difference([clear[:, 1] + 1], [clear[:, 1]], 1 - 0.05 / 2)
 
 
 def test_verdicts_table_and_forest(plot, monkeypatch):
@@ -600,21 +635,20 @@ def test_rates_table_has_a_row_per_method(plot, tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(
-    "suite, target, frozen",
-    [("jump-rates", "jump-baselines", "frozen"), ("jump-state-rates", "jump-state-baselines", "state encoder, frozen")],
-)
-def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch, suite, target, frozen):
+@pytest.mark.parametrize("suite", ["jump-rates", "jump-loss-rates", "jump-state-rates"])
+def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch, suite):
     module = load("plot", monkeypatch)
     results, suites = module.read_suite(suite), sys.modules["suites"]
     assert results.keys() == module.SUITES[suite]["methods"].keys()
     assert all(runs.seeds == [1, 2, 3, 4, 5] for runs in results.values())
     means = {name: round(runs.scores.mean(), 9) for name, runs in results.items()}
-    for method in module.SUITES[target]["methods"]:
+    methods = {name.rsplit(", ", 1)[0] for name in results}
+    for method in methods:
         # The smaller one of two equals, as the rates rise
         assert suites.OWN_RATE[method] == max(suites.RATES, key=lambda rate: means[f"{method}, {rate}"])
-    linear, mlp = (f"{frozen}, {head}" for head in ("linear head", "MLP head"))
-    assert means[f"{mlp}, {suites.OWN_RATE[mlp]}"] > means[f"{linear}, {suites.OWN_RATE[linear]}"]
+    for linear in (method for method in methods if method.endswith(", linear head")):
+        mlp = linear.replace("linear", "MLP")
+        assert means[f"{mlp}, {suites.OWN_RATE[mlp]}"] > means[f"{linear}, {suites.OWN_RATE[linear]}"]
 
 
 def test_noise_by_hand(plot, tmp_path, monkeypatch):
