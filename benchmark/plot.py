@@ -60,10 +60,6 @@ PANELS = {  # suites of more than five methods: which of them are compared in on
         ["from scratch", "frozen, MLP head", "finetuned", "finetuned + PiSCO", "frozen bottom + PiSCO"],
         ["frozen bottom"] + [f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency", "PiSCO")],
     ],
-    "jump-transfer": [
-        ["from scratch", "finetuned", "finetuned + PiSCO", "frozen bottom", "frozen bottom + PiSCO"],
-        ["frozen bottom"] + [f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency", "PiSCO")],
-    ],
     "dmc-transfer-repeat-8": [["from scratch", "frozen", "finetuned", "frozen bottom", "frozen bottom + PiSCO"]],
 }
 # What the protocols beside the results predict by the paper's claims, in families that share an error of 0.05: the
