@@ -110,6 +110,8 @@ CONTRASTS = {
         "frozen bottom, prior 0.1: 1e-3 less its own rate": (3, 4),
     }
 }
+# Methods whose difference is freezing's gain, for the large and for the small encoder
+FREEZING = [("impala, 7 frozen", "impala, 0 frozen"), ("nature, frozen bottom", "nature, finetuned")]
 # Further differences that benchmark/README.md speaks of: suite: [(method, other), ...]
 GAINS = {
     "jump-baselines": [(m, "from scratch") for m in ("frozen, MLP head", "finetuned", "frozen bottom")]
@@ -302,6 +304,11 @@ def welch(plus, minus):
     return total, float(squares.sum() ** 0.5), float(squares.sum() ** 2 / (squares**2 / (counts - 1)).sum())
 
 
+def pvalue_of(total, error, freedom):
+    """Two-sided p-value of welch's sum; 1 where no sample has any spread, as there is no test."""
+    return float(2 * stats.t.sf(abs(total) / error, freedom)) if error else 1.0
+
+
 def difference(plus, minus, level=0.95):
     """welch's sum and its interval of that level, as a bootstrap's is too narrow for a handful of seeds. Where no
     sample has any spread the interval is unknown (nan, nan)."""
@@ -374,6 +381,28 @@ def draw_curves(suite, results):
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
     row[0][0].set_ylabel(score_name)
+    save(figure, suite)
+
+
+def draw_steps_and_minutes(suite, results):
+    """The large encoder's scores over steps and over minutes of training, every run, faint, and the mean over the
+    median of the minutes, without and with PiSCO, as benchmark/figures/SUITE.png."""
+    figure, panels = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained", sharey=True, sharex="col")
+    for row, (plus, title) in zip(panels, (("", "without a loss"), (" + PiSCO", "with PiSCO"))):
+        for i, method in enumerate(["impala, from scratch"] + [f"impala, {k} frozen{plus}" for k in (0, 4, 7, 10)]):
+            if not any(method in (name, name.rsplit(", encoder ", 1)[0]) for name in results):
+                continue
+            minutes, scores = with_both_encoders(suite, results, method)
+            steps = np.broadcast_to(next(iter(results.values())).steps, scores.shape)
+            for axes, x in zip(row, (steps, minutes)):
+                axes.plot(x.T, scores.T, alpha=0.25, linewidth=0.8, **style_of(i))
+                label = f"{method} (n = {len(scores)})"
+                axes.plot(np.median(x, axis=0), scores.mean(0), linewidth=2.2, label=label, **style_of(i))
+                axes.grid(alpha=0.3)
+        row[0].set(title=title, ylabel=columns_of(suite)[-1])
+        row[1].legend(loc="lower right", frameon=False, fontsize=8)
+    panels[1, 0].set_xlabel("environment steps")
+    panels[1, 1].set_xlabel("minutes of training on one core")
     save(figure, suite)
 
 
@@ -474,7 +503,7 @@ def draw_grid(suite, results):
     save(figure, suite)
 
 
-DRAW = dict.fromkeys(SCANS, draw_scan) | {"jump-grid": draw_grid}
+DRAW = dict.fromkeys(SCANS, draw_scan) | {"jump-grid": draw_grid, "jump-impala": draw_steps_and_minutes}
 
 
 def with_interval(point, interval, digits, sign=""):
@@ -551,6 +580,40 @@ def write_fragility(suite, predictions):
     return markdown(["prediction", *names, "hinges on"], rows)
 
 
+def with_both_encoders(suite, results, method):
+    """Minutes and scores (n, E) each of a method's runs with either encoder, in names "METHOD, encoder SEED"."""
+    names = [name for name in results if name.rsplit(", encoder ", 1)[0] == method]
+    minutes = [read_minutes(suite, name) for name in names]
+    return np.concatenate(minutes), np.concatenate([results[name].scores for name in names])
+
+
+def score_per_minute(minutes, scores, limit):
+    """mean_until of every run, minutes and scores (n, E) -> (n,)."""
+    return np.array([mean_until(*run, limit) for run in zip(minutes, scores)])
+
+
+def write_freezing(suite, results):
+    """Is freezing's gain larger for the large encoder? The difference of two gains as Markdown, per step and per minute
+    until the moment at which an architecture's frozen runs are done, by the median; under Holm's correction."""
+    rows = {"per step": [], "per minute": []}
+    for frozen, finetuned in FREEZING:
+        runs = [with_both_encoders(suite, results, method) for method in (frozen, finetuned)]
+        limit = np.median(runs[0][0][:, -1])
+        rows["per step"].append([scores.mean(1) for _, scores in runs])
+        rows["per minute"].append([score_per_minute(*run, limit) for run in runs])
+    tests = [welch([large[0], small[1]], [large[1], small[0]]) for large, small in rows.values()]
+    levels = holm_levels([pvalue_of(*test) for test in tests])
+    names = ["score", "", "gain of freezing, impala less nature", "impala, 95%", "nature, 95%", "runs"]
+    table = []
+    for (name, gains), level in zip(rows.items(), levels):
+        (a, b), (c, d) = gains
+        both = difference([a, d], [b, c], 1 - level)
+        each = [with_interval(*difference([x], [y]), 2, "+") for x, y in gains]
+        word = verdict(*both[1], 0.0, EQUAL[program_of(suite)])
+        table.append([name, word, with_interval(*both, 2, "+"), *each, ", ".join(str(len(x)) for x in (a, b, c, d))])
+    return markdown(names, table)
+
+
 def write_noise_table():
     """Success under noise as Markdown: a method in each row, a standard deviation in each column, means over cells."""
     rows, results = [], over_cells("jump-noise", read_noise())
@@ -608,9 +671,7 @@ def compare(ours, others, margin):
     the same seeds, and the percentiles of resample are the test and the interval.
     """
     if ours.ndim == 1:
-        gain, error, freedom = welch([ours], [others])
-        pvalue = float(2 * stats.t.sf(abs(gain + margin) / error, freedom)) if error else 1.0
-        return pvalue, lambda level: difference([ours], [others], level)
+        return pvalue_of(*welch([ours + margin], [others])), lambda level: difference([ours], [others], level)
     gains = ours - others
     samples = resample(gains)
     pvalue = min(1.0, 2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin)))
@@ -793,6 +854,8 @@ def main(argv=None):
             tables = {suite: write_table(suite, results)}
         if suite == "jump-noise":
             tables["noise"] = write_noise_table()
+        if suite == "jump-impala" and is_complete(suite, results):
+            tables["freezing"] = write_freezing(suite, results)
         if suite in TWO_SIDED:
             tables[f"{suite} gains"] = write_two_sided(suite)
         if suite in GAINS:

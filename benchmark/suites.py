@@ -158,8 +158,8 @@ JUMP_SOURCE = (
 )
 
 IMPALA_SOURCE = f"{JUMP_SOURCE} --encoder impala"
-IMPALA = {"from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ssl none"} | {
-    f"{k} frozen{plus}": f"ppo_pisco.py --encoder impala --freeze-layers {k} --ssl {ssl}"
+IMPALA = {"impala, from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ssl none"} | {
+    f"impala, {k} frozen{plus}": f"ppo_pisco.py --encoder impala --freeze-layers {k} --ssl {ssl}"
     + (f" {MLP}" if k == 10 else "")
     for ssl, plus in (("none", ""), ("pisco", " + PiSCO"))
     for k in (0, 4, 7, 10)

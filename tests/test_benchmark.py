@@ -302,6 +302,57 @@ def test_minutes_are_those_of_the_training(plot, tmp_path):
     assert plot.read_minutes("tiny", "one method").tolist() == [[1.0, 4.0], [1.0, 0.4]]
 
 
+def test_freezings_gain_for_the_large_encoder_by_hand(plot, tmp_path, monkeypatch):
+    """Every run is evaluated after 60 and 120 steps. Frozen runs take 1 and 2 minutes for them, finetuned ones twice as
+    long: by minute 2, when the frozen ones are done, they have only just their first score."""
+    scores = {  # method: both scores of four runs, two with each encoder
+        "impala, 7 frozen": [(0.5, 1.0), (0.5, 0.8), (0.7, 0.8), (0.3, 1.0)],
+        "impala, 0 frozen": [(0.2, 0.4), (0.2, 0.2), (0.4, 0.2), (0.0, 0.4)],
+        "nature, frozen bottom": [(0.2, 0.6), (0.2, 0.4), (0.4, 0.4), (0.0, 0.6)],
+        "nature, finetuned": [(0.2, 0.2), (0.2, 0.4), (0.4, 0.4), (0.0, 0.2)],
+    }
+    methods = {f"{name}, encoder {seed}": "" for name in scores for seed in (1, 2)}
+    monkeypatch.setitem(plot.SUITES, "large", {"program": "ppo_pisco.py", "methods": methods})
+    for name, runs in scores.items():
+        sps = 0.5 if name.endswith(("0 frozen", "finetuned")) else 1
+        for run, (first, last) in enumerate(runs):
+            folder = tmp_path / "large" / f"{name}, encoder {1 + run // 2}".replace(" ", "_") / str(run)
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text("{}")
+            rows = ["global_step,charts/SPS,eval/greedy_success", f"60,{sps},{first}", f"120,{sps},{last}"]
+            (folder / "metrics.csv").write_text("\n".join(rows))
+    step, minute = (row.split(" | ") for row in plot.write_freezing("large", plot.read_suite("large")).splitlines()[2:])
+    # Means over the run: 0.7, 0.25, 0.35 and 0.25. Within 2 minutes half of the first score for frozen runs, 0.25 and
+    # 0.1, and nothing for the others, whose first score comes at that moment.
+    assert [cell.split()[0] for cell in step[2:5]] == ["+0.35", "+0.45", "+0.10"] and step[5] == "4, 4, 4, 4 |"
+    assert [cell.split()[0] for cell in minute[2:5]] == ["+0.15", "+0.25", "+0.10"]
+    a, b, c, d = (np.array([np.mean(run) for run in runs]) for runs in scores.values())
+    assert step[3] == plot.with_interval(*plot.difference([a], [b]), 2, "+")
+    assert (
+        step[2] == plot.with_interval(*plot.difference([a, d], [b, c], 1 - 0.05 / 2), 2, "+") and step[1] == "supported"
+    )
+
+
+def test_large_encoders_curves_are_over_steps_and_minutes(plot, tmp_path, monkeypatch):
+    monkeypatch.setitem(plot.SUITES, "jump-impala", {"program": "ppo_pisco.py", "methods": {}})
+    for seed, plus in ((1, ""), (2, ""), (1, " + PiSCO")):
+        name = f"impala, 4 frozen{plus}, encoder {seed}"
+        plot.SUITES["jump-impala"]["methods"][name] = ""
+        folder = tmp_path / "jump-impala" / name.replace(" ", "_") / "1"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        rows = ["global_step,charts/SPS,eval/greedy_success", f"60,{seed},0.5", f"120,{seed},{seed / 2}"]
+        (folder / "metrics.csv").write_text("\n".join(rows))
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, name: figures.append((figure, name)))
+    plot.draw_steps_and_minutes("jump-impala", plot.read_suite("jump-impala"))
+    ((figure, name),) = figures
+    steps, minutes = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes[:2])
+    assert name == "jump-impala" and [axes.get_title() for axes in figure.axes[::2]] == ["without a loss", "with PiSCO"]
+    assert steps == [[[60, 0.5], [120, 0.5]], [[60, 0.5], [120, 1.0]], [[60, 0.5], [120, 0.75]]]  # each run, the mean
+    assert minutes == [[[1, 0.5], [2, 0.5]], [[0.5, 0.5], [1, 1.0]], [[0.75, 0.5], [1.5, 0.75]]]
+
+
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end(plot):
     three, five = (
         np.array([[1.0], [6.0], [2.0]]),
