@@ -2,14 +2,15 @@
 
     python benchmark/jump_noise.py --freeze-layers 2 --ssl none --seed 1
 
-Takes the flags of `ppo_pisco.py` and trains with them, unless benchmark/run.py has done so on this machine. Then
+Takes the flags of a run of `ppo_pisco.py` that benchmark/run.py has made on this machine. Then
 
-- it plays the run's tasks and the grid greedily while every pixel gets Gaussian noise, of growing standard deviation,
-- and it trains a fresh head of one hidden layer on the encoder's final features, all of its layers frozen, without any
+- it trains a fresh head of one hidden layer on the encoder's final features, all of its layers frozen, without any
   self-supervised loss: the learning curve tells how easy they are to learn from. Head and learning rate are those that
-  a frozen encoder does best with (jump-rates).
+  a frozen encoder does best with (jump-rates);
+- it plays the run's tasks greedily while every pixel gets Gaussian noise, of growing standard deviation: with the fresh
+  head, the same for all encoders, and with the run's own policy.
 
-Leaves the second training's run folder, with the noise's results in its evaluation.json under "noise".
+Leaves the head's run folder, with the noise's results in its evaluation.json under "noise".
 """
 
 import json
@@ -39,13 +40,12 @@ def run_ppo(flags):
     subprocess.run([sys.executable, str(ROOT / "ppo_pisco.py"), *flags], check=True)
 
 
-def trained_folder(flags, runs_dir):
-    """A folder with the networks that `ppo_pisco.py FLAGS` leaves: of an earlier run, or trained now below runs_dir."""
+def trained_folder(flags):
+    """The folder with the networks of `ppo_pisco.py FLAGS`. Raises SystemExit where this machine has not made them."""
     kept = weights_folder(WORK, ["ppo_pisco.py", *flags])
-    if (kept / "args.json").exists():
-        return kept
-    run_ppo([*flags, "--runs-dir", str(runs_dir / "training")])
-    return max((runs_dir / "training").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime).parent
+    if not (kept / "args.json").exists():
+        raise SystemExit(f"no networks of ppo_pisco.py {' '.join(flags)} here: run their suite with benchmark/run.py")
+    return kept
 
 
 def load_policy(folder):
@@ -61,22 +61,17 @@ def load_policy(folder):
 
 @torch.no_grad()
 def noise_table(folder):
-    """{standard deviation: {"target": share of solved tasks, "grid": the same}} of the greedy policy in `folder`, on
-    the run's own tasks and on the grid."""
+    """{standard deviation: share of the run's own tasks that the greedy policy in `folder` solves}."""
     args, agent = load_policy(folder)
-    tasks, count = ppo_pisco.evaluation_tasks(args), len(ppo_pisco.parse_jump_tasks(args.jump_tasks))
-    grid = [tasks.index(task) for task in ppo_pisco.JUMP_GRID]
+    tasks = ppo_pisco.parse_jump_tasks(args.jump_tasks)
     envs = ppo_pisco.ImageEnvs(args, len(tasks), evaluation=True)
     torch.manual_seed(0)  # the same noise for every method and seed
     table = {}
     for std in STDS:
-        solved = []
-        for _ in range(DRAWS if std else 1):
-            noisy = lambda obs: agent(ppo_pisco.random_noise(obs, std))  # noqa: B023, E731
-            episodes = ppo_pisco.play_episodes(noisy, envs, args, torch.device("cpu"), greedy=True)
-            solved.append([episode["success"] for episode in episodes])
-        solved = np.mean(solved, axis=0)  # (tasks,)
-        table[std] = {"target": float(solved[:count].mean()), "grid": float(solved[grid].mean())}
+        noisy = lambda obs: agent(ppo_pisco.random_noise(obs, std))  # noqa: B023, E731
+        draws = range(DRAWS if std else 1)
+        played = [ppo_pisco.play_episodes(noisy, envs, args, torch.device("cpu"), greedy=True) for _ in draws]
+        table[std] = float(np.mean([episode["success"] for episodes in played for episode in episodes]))
     return table
 
 
@@ -90,8 +85,7 @@ def main(argv=None):
             networks = Path(json.loads((folder / "args.json").read_text())["encoder_weights"]).parent
             run_ppo(argv)
         else:
-            flags = [word for word in argv if word not in ("--runs-dir", str(runs_dir))]
-            networks = trained_folder(flags, runs_dir)
+            networks = trained_folder([word for word in argv if word not in ("--runs-dir", str(runs_dir))])
             args = json.loads((networks / "args.json").read_text())
             encoder = ["--encoder-weights", str(networks / "encoder.safetensors"), "--exp-name", "head"]
             same = ["--jump-tasks", args["jump_tasks"], "--seed", str(args["seed"]), "--runs-dir", str(runs_dir)]
@@ -100,9 +94,10 @@ def main(argv=None):
     except subprocess.CalledProcessError as error:
         return error.returncode
     path = folder / "evaluation.json"
-    results = json.loads(path.read_text()) | {"noise": noise_table(networks)}
+    results = json.loads(path.read_text())
+    results["noise"] = {"fresh head": noise_table(folder), "trained": noise_table(networks)}
     ppo_pisco.write_atomically(path, json.dumps(results, indent=1).encode())
-    print("noise:", ", ".join(f"std {std} target {x['target']:.2f}" for std, x in results["noise"].items()))
+    print(f"share of tasks solved at every standard deviation: {results['noise']}")
     return 0
 
 

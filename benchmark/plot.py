@@ -28,7 +28,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from suites import SUITES, folder_of  # noqa: E402
+from suites import SUITES, folder_of, seeds_of  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
@@ -95,19 +95,23 @@ PREDICTIONS = {
 MAXIMUM = {"ppo_pisco.py": 1, "drqv2_pisco.py": 1000}  # predictions are judged by shares of the highest score
 EQUAL = {"ppo_pisco.py": 0.1, "drqv2_pisco.py": 0.05}  # a gain whose interval lies within it is no difference
 VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.3"}
-# Families of gains that are asked for without a direction, and differences of two gains beside them: the first method's
-# gain over the second less the third's over the fourth.
-TWO_SIDED = {
-    "jump-prior": [
-        (f"prior {prior}, {base} + PiSCO at {rate}", f"prior {prior}, {base} at {rate}")
-        for prior in ("0.05", "0.1")
-        for base, rate in (("frozen bottom", "1e-3"), ("frozen bottom", "its own rate"), ("finetuned", "its own rate"))
-    ]
+# Families of gains that are asked for without a direction, and differences of two gains beside them.
+PRIOR_GAINS = {
+    (prior, base, rate): (f"prior {prior}, {base} + PiSCO at {rate}", f"prior {prior}, {base} at {rate}")
+    for prior in ("0.05", "0.1")
+    for base, rate in (("frozen bottom", "1e-3"), ("frozen bottom", "its own rate"), ("finetuned", "its own rate"))
 }
+TWO_SIDED = {"jump-prior": list(PRIOR_GAINS.values())}
 CONTRASTS = {
     "jump-prior": {
-        "frozen bottom at 1e-3: prior 0.1 less 0.05": (3, 0),  # places in TWO_SIDED
-        "frozen bottom, prior 0.1: 1e-3 less its own rate": (3, 4),
+        "frozen bottom at 1e-3, PiSCO's gain: prior 0.1 less 0.05": (
+            PRIOR_GAINS["0.1", "frozen bottom", "1e-3"],
+            PRIOR_GAINS["0.05", "frozen bottom", "1e-3"],
+        ),
+        "frozen bottom, prior 0.1, PiSCO's gain: 1e-3 less its own rate": (
+            PRIOR_GAINS["0.1", "frozen bottom", "1e-3"],
+            PRIOR_GAINS["0.1", "frozen bottom", "its own rate"],
+        ),
     }
 }
 # Methods whose difference is freezing's gain, for the large and for the small encoder
@@ -205,19 +209,13 @@ def mean_until(minutes, scores, limit):
 
 
 def is_complete(suite, results):
-    """Whether all methods have as many seeds as the suite's protocol says: before that nothing is judged."""
-    counts = [len(results[method].seeds) if method in results else 0 for method in SUITES[suite]["methods"]]
-    return min(counts) >= SUITES[suite]["n"]
+    """Whether all methods have just the seeds that the suite's protocol names: else nothing is judged."""
+    methods, n = SUITES[suite]["methods"], SUITES[suite]["n"]
+    return all(method in results and results[method].seeds == seeds_of(suite, method, n) for method in methods)
 
 
-def over_cells(suite, results):
-    """{method: Runs over cells} of a complete suite whose methods' names are "CELL, METHOD". Raises ValueError where
-    the seeds of a cell differ, as runs are compared by seed."""
-    cells = {}
-    for name, runs in results.items():
-        cells.setdefault(name.split(", ", 1)[0], []).append(runs.seeds)
-    if not all(seeds == found[0] for found in cells.values() for seeds in found):
-        raise ValueError(f"{suite}: the methods of a cell have different seeds")
+def over_cells(results):
+    """{method: Runs over cells} of a complete suite whose methods' names are "CELL, METHOD"."""
     methods = {}
     for name, runs in results.items():
         methods.setdefault(name.split(", ", 1)[1], []).append(runs)
@@ -227,26 +225,26 @@ def over_cells(suite, results):
     }
 
 
-def read_noise():
-    """{"CELL, METHOD": Runs} of jump-noise's policies: as steps the standard deviations of the noise, none first, as
-    scores the shares of target tasks solved."""
+def read_noise(policy):
+    """{"CELL, METHOD": Runs} of jump-noise's policies, the `fresh head`'s or the `trained` ones: as steps the standard
+    deviations of the noise, none first, as scores the shares of the run's tasks solved."""
     results = {}
     for name in SUITES["jump-noise"]["methods"]:
         folders = seed_folders("jump-noise", name)
-        tables = [json.loads((path / "evaluation.json").read_text())["noise"] for path in folders.values()]
-        shares = np.array([[values["target"] for values in table.values()] for table in tables])
+        tables = [json.loads((path / "evaluation.json").read_text())["noise"][policy] for path in folders.values()]
+        shares = np.array([list(table.values()) for table in tables])
         results[name] = Runs(list(folders), np.array(list(tables[0]), dtype=float), shares)
     return results
 
 
 def kept_under_noise():
-    """{method: scores} of jump-noise's policies under the strongest noise: success less that without noise, and over it
-    less one, which is 0 where there is none to lose."""
+    """{method: scores} of the fresh heads' policies under the strongest noise: success less that without noise, and the
+    share of it that is lost, negative, or 0 where none is lost or there is none to lose."""
     kept = {}
-    for method, runs in over_cells("jump-noise", read_noise()).items():
+    for method, runs in over_cells(read_noise("fresh head")).items():
         clean, noisy = runs.scores[..., 0], runs.scores[..., -1]
         change = noisy - clean
-        share = np.divide(change, clean, out=np.zeros_like(change), where=clean > 0)
+        share = np.divide(np.minimum(change, 0), clean, out=np.zeros_like(change), where=clean > 0)
         kept[f"{method}, kept under noise"] = np.stack([change, change], -1)
         kept[f"{method}, share kept"] = np.stack([share, share], -1)
     return kept
@@ -257,7 +255,7 @@ def read_scores(suite):
     results = read_suite(suite)
     if not is_complete(suite, results):
         return {}
-    results = over_cells(suite, results) if SUITES[suite].get("cells") else results
+    results = over_cells(results) if SUITES[suite].get("cells") else results
     further = kept_under_noise() if suite == "jump-noise" else {}
     return {method: runs.both / MAXIMUM[program_of(suite)] for method, runs in results.items()} | further
 
@@ -365,7 +363,7 @@ def draw_curves(suite, results):
     """Learning curves as benchmark/figures/SUITE.png, in the panels of PANELS or in one. Single runs are shown, faint,
     where they are too few for an interval."""
     *_, step_name, score_name = columns_of(suite)
-    results = over_cells(suite, results) if SUITES[suite].get("cells") else results
+    results = over_cells(results) if SUITES[suite].get("cells") else results
     panels, styles = PANELS.get(suite, [list(results)]), {method: style_of(i) for i, method in enumerate(results)}
     size = {"figsize": (5.2 * len(panels) + 2.3 * (len(panels) == 1), 4.4), "sharey": True}
     figure, row = plt.subplots(1, len(panels), layout="constrained", squeeze=False, **size)
@@ -553,7 +551,7 @@ def write_cells_table(suite, results):
     splits = [split_of(cell) for cell in cells_of(suite)]
     names = list(dict.fromkeys(splits))
     rows = []
-    for method, runs in over_cells(suite, results).items():
+    for method, runs in over_cells(results).items():
         tails = np.quantile(resample(runs.both), [0.025, 0.975], axis=0).T  # (2 scores, 2)
         both = [with_interval(point, tail, 2) for point, tail in zip(runs.both.mean((0, 1)), tails)]
         means = runs.both[..., 1].mean(1)  # (cells,)
@@ -569,10 +567,11 @@ def write_fragility(suite, predictions):
     names, rows = list(dict.fromkeys(splits)), []
     for prediction in predictions:
         _, better, worse, margin = prediction
-        gains = (scores[better] - scores[worse])[..., 1]  # (cells, n)
-        clear = {}
+        ours, others = scores[better][..., 1], scores[worse][..., 1]  # (cells, n)
+        gains, clear = ours - others, {}
         for left_out in (None, *names):
-            low, high = np.quantile(resample(gains[splits != left_out]), [0.025, 0.975])
+            rest = splits != left_out
+            _, (low, high) = compare(ours[rest], others[rest], margin)[1](0.95)
             clear[left_out] = int(low > -margin) - int(high < -margin)
         hinges = [split for split in names if clear[split] != clear[None]]
         means = [f"{gains[splits == split].mean():+.2f}" for split in names]
@@ -616,13 +615,14 @@ def write_freezing(suite, results):
 
 def write_noise_table():
     """Success under noise as Markdown: a method in each row, a standard deviation in each column, means over cells."""
-    rows, results = [], over_cells("jump-noise", read_noise())
-    for method, runs in results.items():
-        none = int((runs.scores[..., 0] == 0).sum())
-        points = [f"{point:.2f}" for point in runs.scores.mean((0, 1))]
-        rows.append([method, str(runs.scores[..., 0].size), *points, str(none)])
+    rows = []
+    for policy in ("fresh head", "trained"):
+        for method, runs in over_cells(read_noise(policy)).items():
+            none = int((runs.scores[..., 0] == 0).sum())
+            points = [f"{point:.2f}" for point in runs.scores.mean((0, 1))]
+            rows.append([policy, method, str(runs.scores[..., 0].size), *points, str(none)])
     stds = [f"noise {std:g}" for std in runs.steps]
-    return markdown(["method", "n", *stds, "solve nothing without noise"], rows)
+    return markdown(["policy", "method", "n", *stds, "solve nothing without noise"], rows)
 
 
 def write_rates_table(results, n):
@@ -668,15 +668,23 @@ def compare(ours, others, margin):
     """p-value of a gain of -margin between two methods' scores, and a function from a level to (gain, interval).
 
     Scores (n,) and (m,) of one cell have Welch's test and interval. Scores (cells, n) are compared inside a cell with
-    the same seeds, and the percentiles of resample are the test and the interval.
+    the same seeds: by the percentiles of resample, and as those are too narrow for eight cells where cells differ, also
+    by Student's t of the cells' means. The larger p-value counts, and on each side the wider interval.
     """
     if ours.ndim == 1:
         return pvalue_of(*welch([ours + margin], [others])), lambda level: difference([ours], [others], level)
     gains = ours - others
-    samples = resample(gains)
-    pvalue = min(1.0, 2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin)))
-    tails = lambda level: np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])  # noqa: E731
-    return pvalue, lambda level: (float(gains.mean()), tuple(map(float, tails(level))))
+    samples, means = resample(gains), gains.mean(1)
+    pvalue = max(
+        2 * min(np.mean(samples <= -margin), np.mean(samples >= -margin)), pvalue_of(*welch([means + margin], []))
+    )
+
+    def interval(level):
+        gain, student = difference([means], [], level)
+        low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+        return gain, (float(np.minimum(low, student[0])), float(np.maximum(high, student[1])))
+
+    return min(1.0, pvalue), interval
 
 
 def judge(predictions, scores):
@@ -729,9 +737,11 @@ def write_two_sided(suite):
         word = verdict(*mean[1], 0.0, EQUAL[program_of(suite)])
         both = [with_interval(*gain, 2, "+") for gain in (mean, end)]
         means = " for ".join(f"{scores[method][:, 1].mean():.2f}" for method in (ours, others))
-        rows.append([f"{ours} - the same without", words.get(word, word), *both, means, f"{counts[0]}, {counts[1]}"])
-    for name, places in CONTRASTS[suite].items() if scores else ():
-        (a, b), (c, d) = ([scores[method] for method in TWO_SIDED[suite][place]] for place in places)
+        rows.append(
+            [f"{ours} - {others.split(', ', 1)[-1]}", words.get(word, word), *both, means, f"{counts[0]}, {counts[1]}"]
+        )
+    for name, pairs in CONTRASTS[suite].items() if scores else ():
+        (a, b), (c, d) = ([scores[method] for method in pair] for pair in pairs)
         both = [difference([a[:, i], d[:, i]], [b[:, i], c[:, i]]) for i in (1, 0)]
         rows.append([name, "", *(with_interval(*found, 2, "+") for found in both), "", ""])
     return markdown(names, rows)

@@ -16,6 +16,7 @@ then reported. After Ctrl-C the same command goes on.
 
 import ctypes
 import fnmatch
+import hashlib
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
-from suites import SUITES, folder_of, weights_folder  # noqa: E402
+from suites import SUITES, folder_of, seeds_of, weights_folder  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
 WORK = ROOT / "benchmark" / "runs"  # unfinished runs
@@ -50,10 +51,8 @@ class UsageError(Exception):
 class Args:
     suite: tyro.conf.Positional[str]
     """a suite of benchmark/suites.py"""
-    seeds: int = 3
-    """every method runs with so many seeds"""
-    first_seed: int = 1
-    """and these begin here"""
+    seeds: int | None = None
+    """every method runs with so many seeds (default: as many as the suite's protocol asks for, or 3)"""
     methods: tuple[str, ...] = ()
     """only these methods of the suite; `*` stands for anything"""
     cpus: float = 1
@@ -98,16 +97,16 @@ def choose_runs(args):
     if unknown:
         raise UsageError(f"--methods {unknown[0]!r}: choose among {', '.join(known)}")
     methods = [method for method in known if any(fnmatch.fnmatch(method, pattern) for pattern in patterns)]
-    if args.seeds < 1:
-        raise UsageError(f"--seeds {args.seeds}: must be positive")
+    n = SUITES[args.suite].get("n", 3) if args.seeds is None else args.seeds
+    if n < 1:
+        raise UsageError(f"--seeds {n}: must be positive")
     if args.cpus <= 0 or args.gpus < 0:
         raise UsageError(f"--cpus {args.cpus} --gpus {args.gpus}: a run needs cores, and no less than no GPU")
     try:
         args.results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--results {args.results}: {error.strerror}; name a folder that can be written") from error
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    return [Run(args.suite, method, seed) for seed in seeds for method in methods]
+    return [Run(args.suite, method, seeds_of(args.suite, method, n)[i]) for i in range(n) for method in methods]
 
 
 def is_finished(run, results):
@@ -135,16 +134,25 @@ def share(run, results, cpus):
 # On the machine that runs the program
 # ---------------------------------------------------------------------------------------------------------------------
 def hardware():
-    """CPU, cores and GPU of this machine, as text."""
+    """CPU, cores and GPU of this machine, as text; a CPU's name alone does not always tell its generation."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        cpu = names[0] if names else cpu
+        lines = [line.split(":", 1) for line in open("/proc/cpuinfo") if ":" in line]
+        about = {key.strip(): value.strip() for key, value in lines}
+        parts = [f"{key} {about[key]}" for key in ("cpu family", "model", "stepping") if key in about]
+        cpu = ", ".join([about.get("model name", cpu), *parts])
     text = f"{cpu}, {os.cpu_count()} cores"
     if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         text += ", " + subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     return text
+
+
+def checksum_of_encoder(folder):
+    """SHA-256 of the encoder's file that the run in `folder` began with, or None. A file made again on another machine
+    is another encoder under the same name."""
+    weights = json.loads((folder / "args.json").read_text()).get("encoder_weights", "none")
+    return None if weights == "none" else hashlib.sha256((ROOT / weights).read_bytes()).hexdigest()
 
 
 def threads(cpus):
@@ -181,6 +189,7 @@ def execute(command, flags, work, cpus):
         (folder,) = (path.parent for path in work.glob("*/args.json"))
         found = [folder / name for name in KEPT + NETWORKS]
         files = {path.name: path.read_bytes() for path in found if path.exists()}
+        about["encoder_sha256"] = checksum_of_encoder(folder)
     return process.returncode, files, about, (work / "output.txt").read_text(errors="replace")[-2000:]
 
 

@@ -1,5 +1,6 @@
 """The benchmark's suites. A suite is a program with the flags that all its methods share, and a table: method -> flags.
-Its `n` is the number of seeds that its protocol asks for. In a suite over `cells` a method's name is "CELL, METHOD".
+Its `n` is the number of seeds that its protocol asks for, and they begin at its `first_seed`, a number or one for every
+method. In a suite over `cells` a method's name is "CELL, METHOD".
 
 What stands beside a method's name is all that sets it apart. Every flag is the program's own: `python ppo_pisco.py
 --help`, `python drqv2_pisco.py --help`.
@@ -12,6 +13,13 @@ from pathlib import Path
 def folder_of(parent, suite, method):
     """The folder of a method's runs under `parent`, one folder a seed in it."""
     return parent / suite / method.replace(" ", "_")
+
+
+def seeds_of(suite, method, n):
+    """The first n seeds of a suite's method."""
+    first = SUITES[suite].get("first_seed", 1)
+    first = first[method] if isinstance(first, dict) else first
+    return list(range(first, first + n))
 
 
 def weights_folder(work, flags):
@@ -47,6 +55,8 @@ DMC_REUSE = {
     "frozen bottom": "--freeze-layers 2 --ssl none",
     "frozen bottom + PiSCO": "--freeze-layers 2 --ssl pisco",
 }
+
+DMC_SWINGUP = f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 200000 --eval-interval 20000"
 
 # DrQ-v2 with its own settings, for a GPU
 DMC_OFFICIAL = "drqv2_pisco.py --encoder-weights none --ssl none --total-frames 100000"
@@ -152,7 +162,8 @@ SPLITS = {  # name: source tasks, target tasks
         join((x, y) for x in (25, 35, 45) for y in (5, 15, 25)),
     ),
 }
-# As pretrain_encoder.py makes the shipped encoder
+# As pretrain_encoder.py makes the shipped encoder, with other seeds than that one's
+ENCODER_SEEDS = (2, 3)
 JUMP_SOURCE = (
     f"ppo_pisco.py {SCRATCH} --ssl none --total-timesteps 300000 --anneal-lr --ent-coef 0.003 --eval-interval 30720"
 )
@@ -215,7 +226,7 @@ def in_cells(methods):
     return {
         f"{split} encoder {seed}, {name}": flags
         for split, (source, target) in SPLITS.items()
-        for seed in (1, 2)
+        for seed in ENCODER_SEEDS
         for name, flags in with_encoder(
             with_own_rates(methods, target), encoder_of(f"{JUMP_SOURCE} --jump-tasks {source}", seed)
         ).items()
@@ -224,6 +235,7 @@ def in_cells(methods):
 
 CELLS = in_cells({name: flags for name, flags in METHODS.items() if name != "frozen, linear head"})
 FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
+CELL_SEEDS = {name: 201 if " encoder 2, " in name else 204 for name in CELLS}
 FIVE_IN_CELLS = {name: flags for name, flags in CELLS.items() if name.split(", ", 1)[1] in FIVE}
 
 
@@ -234,37 +246,44 @@ SUITES = {
     "jump-baselines": on_target(BASELINES),
     "jump-loss-rates": over_rates(FURTHER_LOSSES),
     # Does PiSCO's gain depend on the prior of jumping, or on the learning rate?
-    "jump-prior": {"program": "", "n": 20, "methods": JUMP_PRIOR},
+    "jump-prior": {"program": "", "n": 20, "first_seed": 101, "methods": JUMP_PRIOR},
     # The encoders of jump-cells, two seeds, and those of jump-impala.
     "jump-sources": {
         "program": JUMP_SOURCE,
+        "n": 2,
+        "first_seed": ENCODER_SEEDS[0],
         "methods": {split: f"--jump-tasks {source}" for split, (source, _) in SPLITS.items()},
     },
     # Do the paper's claims hold over splits and encoders?
-    "jump-cells": {"program": "", "n": 3, "cells": True, "methods": CELLS},
+    "jump-cells": {"program": "", "n": 3, "first_seed": CELL_SEEDS, "cells": True, "methods": CELLS},
     # Are finetuned features easier to learn from, and more robust to noise? On the networks of jump-cells.
     "jump-noise": {
         "program": "benchmark/jump_noise.py",
         "n": 3,
+        "first_seed": CELL_SEEDS,
         "cells": True,
         "methods": {name: flags.removeprefix("ppo_pisco.py ") for name, flags in FIVE_IN_CELLS.items()},
     },
     # Does training from scratch catch up?
     "jump-long": {
         "program": "",
+        "n": 3,
+        "first_seed": 211,
         "methods": {
             name: f"{flags} --total-timesteps 307200 --eval-interval 30720"
             for name, flags in FIVE_IN_CELLS.items()
-            if name.startswith(("lattice 8 floors encoder 1", "lattice 5 grid encoder 1"))
+            if name.startswith(("lattice 8 floors encoder 2", "lattice 5 grid encoder 2"))
         },
     },
     "jump-impala-sources": {
         "program": IMPALA_SOURCE,
+        "n": 2,
+        "first_seed": ENCODER_SEEDS[0],
         "methods": {"lattice 8 floors": "--jump-tasks source"},
     },
     "jump-impala-rates": over_rates(
-        with_encoder(IMPALA, encoder_of(f"{IMPALA_SOURCE} --jump-tasks source", 1))
-        | with_encoder(NATURE, encoder_of(f"{JUMP_SOURCE} --jump-tasks source", 1)),
+        with_encoder(IMPALA, encoder_of(f"{IMPALA_SOURCE} --jump-tasks source", ENCODER_SEEDS[0]))
+        | with_encoder(NATURE, encoder_of(f"{JUMP_SOURCE} --jump-tasks source", ENCODER_SEEDS[0])),
         rates=("3e-4", "1e-3", "3e-3"),
         length="--total-timesteps 51200 --eval-interval 10240",
         n=2,
@@ -332,11 +351,14 @@ SUITES = {
         f"--eval-interval 10000 --encoder-weights {BALANCE}",
         "methods": {name: flags for name, flags in DMC_REUSE.items() if name != "frozen bottom"},
     },
-    "dmc-swingup": {
-        "n": 5,
-        "program": f"{DMC_SMALL} {DMC_REPEAT_8} --env-id cartpole-swingup --total-frames 200000 --eval-interval 20000",
-        "methods": DMC_REUSE,
+    # The gate of the suite after it: does training from scratch, with a seed outside the comparison, pass 500?
+    "dmc-swingup-gate": {
+        "n": 1,
+        "first_seed": 101,
+        "program": DMC_SWINGUP,
+        "methods": {"from scratch": DMC_REUSE["from scratch"]},
     },
+    "dmc-swingup": {"n": 5, "program": DMC_SWINGUP, "methods": DMC_REUSE},
     # To compare with the official agent's published scores.
     "dmc-official": {
         "program": DMC_OFFICIAL,

@@ -81,6 +81,7 @@ DIGESTS = {
     "jump-impala-sources": "d291e28a5fa2",
     "jump-impala-rates": "02cbb5776d21",
     "dmc-sparse": "ddf528af3452",
+    "dmc-swingup-gate": "95a0b4c43742",
     "dmc-swingup": "367faabb5859",
     "dmc-official": "c1a3fbdb854f",
     "dmc-source": "caaedd03b9ff",
@@ -116,6 +117,37 @@ def test_suites_come_to_the_same_arguments_as_ever(runner):
     assert {name: digest(suite) for name, suite in suites.items()} == DIGESTS
 
 
+def test_cells_begin_with_the_encoders_of_their_splits(monkeypatch):
+    """And the noise is that of the same runs' networks: file names are all that the digests leave out."""
+    module = load("run", monkeypatch)
+    suites = sys.modules["suites"]
+    for name in suites.CELLS:
+        cell, method = name.split(", ", 1)
+        split, encoder = cell.rsplit(" encoder ", 1)
+        source = module.Run("jump-sources", split, int(encoder))
+        assert int(encoder) in suites.seeds_of("jump-sources", split, module.SUITES["jump-sources"]["n"])
+        run = module.Run("jump-cells", name, suites.seeds_of("jump-cells", name, 1)[0])
+        file = f"{module.weights_folder(Path('benchmark/runs'), source.flags)}/encoder.safetensors"
+        assert (file in run.flags) == (method != "from scratch") and suites.SPLITS[split][1] in run.flags
+        if name in module.SUITES["jump-noise"]["methods"]:
+            noise = module.Run("jump-noise", name, run.seed)
+            assert ["ppo_pisco.py", *noise.flags[1:]] == run.flags
+    commands = [module.Run("jump-cells", name, suites.CELL_SEEDS[name]).command for name in suites.CELLS]
+    assert len(set(commands)) == len(commands) == 72  # from scratch too is run in every cell
+
+
+def test_a_cell_has_one_encoder_in_all_kept_runs(monkeypatch):
+    """One that was made again on another machine is another encoder under the same name."""
+    found = {}
+    for path in (ROOT / "benchmark" / "results").glob("jump-*/*/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        if manifest.get("encoder_sha256"):
+            command = manifest["command"].split()
+            where = [word for flag, word in zip(command, command[1:]) if flag == "--encoder-weights"]
+            found.setdefault(where[0] if where else "shipped", set()).add(manifest["encoder_sha256"])
+    assert all(len(checksums) == 1 for checksums in found.values())
+
+
 def test_kept_results_are_those_of_their_suites(monkeypatch):
     module = load("run", monkeypatch)
     manifests = list((ROOT / "benchmark" / "results").glob("*/*/*/manifest.json"))
@@ -133,8 +165,13 @@ def test_runs_go_seed_by_seed(runner, capsys, tmp_path):
     ]  # fmt: skip
     some = runner.choose_runs(runner.Args(suite="tiny", seeds=1, methods=("fail*", "one method"), results=tmp_path))
     assert [run.method for run in some] == ["one method", "failing"]
-    late = runner.choose_runs(runner.Args(suite="tiny", seeds=2, first_seed=101, results=tmp_path))
-    assert [run.seed for run in late] == [101, 101, 102, 102]
+    assert [run.seed for run in runner.choose_runs(runner.Args(suite="tiny", results=tmp_path))] == [1, 1, 2, 2, 3, 3]
+    runner.SUITES["tiny"] |= {"n": 2, "first_seed": {"one method": 101, "failing": 201}}
+    late = runner.choose_runs(runner.Args(suite="tiny", results=tmp_path))
+    assert [(run.method, run.seed) for run in late] == [
+        ("one method", 101), ("failing", 201), ("one method", 102), ("failing", 202)
+    ]  # fmt: skip
+    runner.SUITES["tiny"] |= {"n": 1, "first_seed": 1}
     assert runs[0].command.startswith("python /") and runs[0].command.endswith("program.py --lr 1 --x 2 --seed 1")
     assert runner.main(["tiny", "--seeds", "1", "--methods", "failing", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -407,6 +444,7 @@ def test_verdict(plot, low, high, margin, expected):
 def test_claims_and_gains_name_methods_of_their_suites(plot):
     pairs = [prediction[:3] for predictions in plot.PREDICTIONS.values() for prediction in predictions]
     pairs += [(suite, *pair) for found in (plot.GAINS, plot.TWO_SIDED) for suite in found for pair in found[suite]]
+    pairs += [(suite, *pair) for suite in plot.CONTRASTS for four in plot.CONTRASTS[suite].values() for pair in four]
     for suite, method, other in pairs:
         methods = plot.SUITES[suite]["methods"]
         if plot.SUITES[suite].get("cells"):
@@ -438,8 +476,11 @@ def test_difference_has_welchs_interval(plot):
 
 
 def test_difference_of_differences_by_hand(plot):
-    """Four samples of variance 2 and two runs each: a standard error of sqrt(4), four degrees of freedom."""
-    up, down = np.array([3.0, 5.0]), np.array([0.0, 2.0])
+    """Four samples of variance 2 and two runs each: a standard error of sqrt(4), four degrees of freedom. Then one of
+    variance 8: squares 1, 1, 1 and 4, so 49 / (1 + 1 + 1 + 16) = 2.578947 degrees of freedom, t = 3.497566."""
+    up, down, wide = np.array([3.0, 5.0]), np.array([0.0, 2.0]), np.array([-1.0, 3.0])
+    _, (low, high) = plot.difference([up, down], [down, wide])
+    assert (high - low) / 2 == pytest.approx(3.497566 * 7**0.5, abs=1e-4)
     gain, (low, high) = plot.difference([up, down], [down, down])
     assert gain == 3.0 and (low, high) == pytest.approx((3 - 2 * 2.776445, 3 + 2 * 2.776445), abs=1e-5)
 
@@ -460,22 +501,31 @@ def test_gains_without_a_direction_and_their_difference(plot, monkeypatch):
     scores = {"with": a, "without": b, "other with": c, "other without": d}
     monkeypatch.setattr(plot, "read_scores", lambda suite: scores)
     monkeypatch.setitem(plot.TWO_SIDED, "tiny", [("with", "without"), ("other with", "other without")])
-    monkeypatch.setitem(plot.CONTRASTS, "tiny", {"first less second": (0, 1)})
+    monkeypatch.setitem(
+        plot.CONTRASTS, "tiny", {"first less second": (("with", "without"), ("other with", "other without"))}
+    )
     gain, loss, contrast = (row.split(" | ") for row in plot.write_two_sided("tiny").splitlines()[2:])
     means = [x[:, 1].mean() for x in (a, b, c, d)]
-    assert gain[:2] == ["| with - the same without", "a gain"] and loss[1] == "a loss"
+    assert gain[:2] == ["| with - without", "a gain"] and loss[1] == "a loss"
     assert gain[2] == plot.with_interval(*plot.difference([a[:, 1]], [b[:, 1]]), 2, "+")  # its p is the larger one
     assert loss[3] == plot.with_interval(*plot.difference([c[:, 0]], [d[:, 0]], 1 - 0.05 / 2), 2, "+")
     assert gain[4:] == [f"{means[0]:.2f} for {means[1]:.2f}", "6, 6 |"]
     assert contrast[0] == "| first less second"
-    assert contrast[2].startswith(f"{means[0] - means[1] - means[2] + means[3]:+.2f} [")
+    for cell, i in zip(contrast[2:4], (1, 0)):
+        assert cell == plot.with_interval(*plot.difference([a[:, i], d[:, i]], [b[:, i], c[:, i]]), 2, "+")
     monkeypatch.setattr(plot, "read_scores", lambda suite: {})
     assert len(plot.write_two_sided("tiny").splitlines()) == 2
 
 
-def test_pages_have_a_place_for_every_table_of_gains(plot):
+def test_pages_have_a_place_for_every_table_of_verdicts_and_gains(monkeypatch):
+    plot = load("plot", monkeypatch)
     page = (ROOT / "benchmark" / "README.md").read_text()
-    assert all(f"<!-- {suite} gains -->" in page and f"<!-- /{suite} gains -->" in page for suite in plot.GAINS)
+    names = [f"{suite} gains" for suite in plot.GAINS] + ["verdicts"]
+    judged = [suite for suite in plot.SUITES if "n" in plot.SUITES[suite] and plot.read_scores(suite)]
+    names += [f"{suite} gains" for suite in plot.TWO_SIDED if suite in judged]
+    names += [name for suite in judged if plot.SUITES[suite].get("cells") for name in (suite, f"{suite} splits")]
+    names += [suite for suite in judged if suite.endswith(("-rates", "-sources", "-baselines"))]
+    assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in names)
 
 
 @pytest.mark.parametrize(
@@ -536,14 +586,19 @@ def test_cells_are_drawn_and_then_seeds_in_them(plot):
     assert np.mean(samples == 0.0) == pytest.approx(1 / 64, abs=0.005)
 
 
-def test_gain_over_cells_has_the_percentiles_of_its_samples(plot, monkeypatch):
+def test_gain_over_cells_has_the_wider_of_two_intervals(plot, monkeypatch):
+    """Gains by cell and seed 1, 2 and 2, 5, so cells' means of 1.5 and 3.5: Student's t with a standard error of 1 and
+    one degree of freedom is tan(pi / 4) = 1 at a level of 0.5 and 3.077684 at 0.8."""
     ours, others = np.array([[1.0, 2.0], [3.0, 6.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])
-    by_hand = {((1.0, 2.0), (2.0, 5.0)): np.arange(-1.0, 9.0)}  # the gains by cell and seed: samples -1, 0, ..., 8
+    by_hand = {((1.0, 2.0), (2.0, 5.0)): np.arange(-1.0, 9.0)}  # samples -1, 0, ..., 8
     monkeypatch.setattr(plot, "resample", lambda gains: by_hand[tuple(map(tuple, gains))])
     pvalue, interval = plot.compare(ours, others, 0.0)
-    assert pvalue == pytest.approx(2 * 2 / 10)  # two of ten samples are no gain
-    assert plot.compare(ours, others, 0.5)[0] == pytest.approx(2 * 1 / 10)
-    assert interval(0.8) == (2.5, pytest.approx((-0.1, 7.1)))  # the 10th and 90th percentile
+    assert pvalue == pytest.approx(2 * 2 / 10)  # two of ten samples are no gain; Student's p is smaller, 0.242
+    assert interval(0.5) == (2.5, pytest.approx((1.25, 5.75)))  # the quartiles of the samples are wider than 1.5, 3.5
+    by_hand[(1.0, 2.0), (2.0, 5.0)] = np.arange(1.0, 11.0)
+    pvalue, interval = plot.compare(ours, others, 0.0)
+    assert pvalue == pytest.approx(2 * np.arctan(1 / 2.5) / np.pi)  # Cauchy's tail beyond 2.5
+    assert interval(0.8) == (2.5, pytest.approx((2.5 - 3.077684, 9.1)))  # one side from each
 
 
 def test_predictions_over_cells_are_judged(plot):
@@ -556,13 +611,16 @@ def test_predictions_over_cells_are_judged(plot):
         assert counts == (12, 12, 4)
         for (gain, interval), column in ((mean, 1), (end, 0)):
             gains = (ours - others)[..., column]
+            _, student = plot.difference([gains.mean(1)], [], 1 - level)
+            samples = np.quantile(plot.resample(gains), [level / 2, 1 - level / 2])
             assert gain == pytest.approx(gains.mean())
-            assert interval == pytest.approx(np.quantile(plot.resample(gains), [level / 2, 1 - level / 2]))
+            assert interval == pytest.approx((min(samples[0], student[0]), max(samples[1], student[1])))
 
 
 def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
     methods = {f"cell {cell}, {method}": "" for cell in (1, 2) for method in ("a, b", "c")}
-    suite = {"program": "ppo_pisco.py", "n": 2, "cells": True, "methods": methods}
+    first = {name: 1 if name.startswith("cell 1") else 3 for name in methods}  # the second cell has seeds of its own
+    suite = {"program": "ppo_pisco.py", "n": 2, "first_seed": first, "cells": True, "methods": methods}
     monkeypatch.setitem(plot.SUITES, "cells", suite)
 
     def put(name, seed, scores):
@@ -575,13 +633,12 @@ def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
     for seed in (1, 2):
         for i, name in enumerate(methods):
             assert plot.read_scores("cells") == {}
-            put(name, seed + 2 * (i >= 2), (i, seed))  # the second cell has seeds of its own
+            put(name, seed + 2 * (i >= 2), (i, seed))
     scores = plot.read_scores("cells")
     assert list(scores) == ["a, b", "c"] and scores["a, b"].shape == (2, 2, 2)
     assert scores["c"].tolist() == [[[1, 1.0], [2, 1.5]], [[1, 2.0], [2, 2.5]]]  # cell, seed: end, mean
-    put("cell 1, c", 5, (0, 0))
-    with pytest.raises(ValueError, match="different seeds"):
-        plot.read_scores("cells")
+    put("cell 1, c", 5, (0, 0))  # no arm is topped up
+    assert plot.read_scores("cells") == {}
 
 
 def test_what_is_predicted_has_a_number_of_seeds(plot):
@@ -615,12 +672,18 @@ def test_cells_have_both_scores_and_every_splits_own(plot, cells, monkeypatch):
     ]
 
 
-def test_splits_that_a_verdict_hinges_on_are_named(plot, cells):
-    """b's gains, means over the run, are 0.5 in two cells and 0.25 in two: none of the samples is below 0.25."""
+def test_splits_that_a_verdict_hinges_on_are_named(plot, monkeypatch):
+    """b's gains are 0.5 to 0.62 in two splits and 0 and 0.05 in the third. Student's 95% intervals: [0.09, 0.68] of all
+    six cells, [-0.21, 0.80] without the first split, [0.46, 0.66] without the third."""
+    methods = {f"{split} encoder {i}, {m}": "" for split in ("one", "two", "three") for i in (1, 2) for m in "ab"}
+    monkeypatch.setitem(plot.SUITES, "cells", {"program": "ppo_pisco.py", "methods": methods})
+    gains = np.array([0.5, 0.6, 0.52, 0.62, 0.0, 0.05])
+    a = np.zeros((6, 2, 2))
+    monkeypatch.setattr(plot, "read_scores", lambda suite: {"a": a, "b": a + gains[:, None, None]})
     predictions = [("cells", "b", "a", 0.0), ("cells", "b", "a", -0.3)]
     assert plot.write_fragility("cells", predictions).splitlines()[2:] == [
-        "| b > a | +0.50 | +0.25 | none |",
-        "| b > a - -0.30 | +0.50 | +0.25 | one, two |",  # without either the gain is all above or all below 0.3
+        "| b > a | +0.55 | +0.57 | +0.03 | one, two |",
+        "| b > a - -0.30 | +0.55 | +0.57 | +0.03 | three |",
     ]
 
 
@@ -703,9 +766,10 @@ def test_own_rates_are_those_that_the_protocol_chooses(monkeypatch, suite):
 
 
 def test_noise_by_hand(plot, tmp_path, monkeypatch):
-    """Success without noise, under 8 and under 16: one run loses half of 0.5, one gains 0.25, one has none to lose."""
+    """Success without noise, under 8 and under 16, of fresh heads: one run loses half of 0.5, one gains 0.25, one has
+    none to lose. The trained policies solve everything."""
     suite = {"program": "x", "cells": True, "n": 2, "methods": {"one, a": "", "two, a": ""}}
-    monkeypatch.setitem(plot.SUITES, "jump-noise", suite)
+    monkeypatch.setitem(plot.SUITES, "jump-noise", suite | {"first_seed": {"one, a": 1, "two, a": 3}})
     shares = {
         ("one", 1): (0.5, 0.5, 0.25),
         ("one", 2): (0.5, 1.0, 0.75),
@@ -717,18 +781,18 @@ def test_noise_by_hand(plot, tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
         (folder / "metrics.csv").write_text("global_step,eval/greedy_success\n10,0.5\n")
-        noise = {std: {"target": value, "grid": 0} for std, value in zip(("0", "8", "16"), values)}
+        noise = {"fresh head": dict(zip(("0", "8", "16"), values)), "trained": dict.fromkeys(("0", "8", "16"), 1.0)}
         (folder / "evaluation.json").write_text(json.dumps({"noise": noise}))
     scores = plot.read_scores("jump-noise")
-    assert (
-        list(scores) == ["a", "a, kept under noise", "a, share kept"] and scores["a"].tolist() == [[[0.5, 0.5]] * 2] * 2
-    )
+    assert list(scores) == ["a", "a, kept under noise", "a, share kept"]
+    assert scores["a"].tolist() == [[[0.5, 0.5]] * 2] * 2
     assert scores["a, kept under noise"][..., 0].tolist() == [[-0.25, 0.25], [0.0, -1.0]]
-    assert scores["a, share kept"][..., 1].tolist() == [[-0.5, 0.5], [0.0, -1.0]]
+    assert scores["a, share kept"][..., 1].tolist() == [[-0.5, 0.0], [0.0, -1.0]]
     assert plot.write_noise_table().splitlines() == [
-        "| method | n | noise 0 | noise 8 | noise 16 | solve nothing without noise |",
-        "|---|---|---|---|---|---|",
-        "| a | 4 | 0.50 | 0.62 | 0.25 | 1 |",
+        "| policy | method | n | noise 0 | noise 8 | noise 16 | solve nothing without noise |",
+        "|---|---|---|---|---|---|---|",
+        "| fresh head | a | 4 | 0.50 | 0.62 | 0.25 | 1 |",
+        "| trained | a | 4 | 1.00 | 1.00 | 1.00 | 0 |",
     ]
 
 

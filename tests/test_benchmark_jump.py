@@ -73,37 +73,54 @@ def test_linear_policy_trains(linear, tmp_path, capsys):
 FLAGS = "--ssl pisco --freeze-layers 2 --seed 2 --total-timesteps 256 --num-envs 4 --num-steps 32".split()
 
 
-def test_noise_uses_kept_networks_or_trains(noise, tmp_path, monkeypatch, capsys):
+def test_noise_plays_kept_networks_and_a_fresh_head(noise, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noise, "HEAD", "--freeze-layers all --ssl none --total-timesteps 2048".split())
     monkeypatch.setattr(noise, "DRAWS", 1)
     monkeypatch.setattr(noise, "STDS", (0, 32))
-    runs = tmp_path / "runs"
-    assert noise.main([*FLAGS, "--runs-dir", str(runs)]) == 0
-    trained = next((runs / "training").iterdir())
-    folder = next(runs.glob("*__head__2__*"))
-    args = json.loads((folder / "args.json").read_text())
-    assert args["encoder_weights"] == str(trained / "encoder.safetensors") and args["freeze_layers"] == "all"
-    results = json.loads((folder / "evaluation.json").read_text())
-    assert list(results["noise"]) == [str(std) for std in noise.STDS]
-    clean = json.loads((trained / "evaluation.json").read_text())["metrics"]
-    assert results["noise"]["0"] == {"target": clean["eval/greedy_success"], "grid": clean["eval/greedy_grid_success"]}
-
+    with pytest.raises(SystemExit, match="no networks of ppo_pisco.py --ssl pisco"):
+        noise.main([*FLAGS, "--runs-dir", str(tmp_path / "runs")])
+    noise.run_ppo([*FLAGS, "--runs-dir", str(tmp_path / "training")])
+    (trained,) = (tmp_path / "training").iterdir()
     kept = noise.weights_folder(noise.WORK, ["ppo_pisco.py", *FLAGS])
     kept.parent.mkdir(parents=True)
     trained.rename(kept)
-    again = tmp_path / "again"
-    assert noise.main([*FLAGS, "--runs-dir", str(again)]) == 0
-    assert not (again / "training").exists()
-    (second,) = again.glob("*__head__2__*")
-    assert json.loads((second / "evaluation.json").read_text())["noise"] == results["noise"]
-    before = (second / "metrics.csv").read_text()
-    assert noise.main(["--resume", str(second)]) == 0 and (second / "metrics.csv").read_text() == before
+    assert noise.main([*FLAGS, "--runs-dir", str(tmp_path / "runs")]) == 0
+    (folder,) = (tmp_path / "runs").glob("*__head__2__*")
+    args = json.loads((folder / "args.json").read_text())
+    assert args["encoder_weights"] == str(kept / "encoder.safetensors") and args["freeze_layers"] == "all"
+    results = json.loads((folder / "evaluation.json").read_text())["noise"]
+    for policy, run in (("fresh head", folder), ("trained", kept)):
+        assert list(results[policy]) == [str(std) for std in noise.STDS]
+        clean = json.loads((run / "evaluation.json").read_text())["metrics"]["eval/greedy_success"]
+        assert results[policy]["0"] == pytest.approx(clean)
+    before = (folder / "metrics.csv").read_text()
+    assert noise.main(["--resume", str(folder)]) == 0 and (folder / "metrics.csv").read_text() == before
+    assert json.loads((folder / "evaluation.json").read_text())["noise"] == results
     capsys.readouterr()
 
 
-def test_wrong_flags_end_with_the_programs_exit_code(noise, tmp_path, capfd):
-    assert noise.main(["--ssl", "bogus", "--runs-dir", str(tmp_path)]) == 2
-    assert "--ssl" in capfd.readouterr().err
+def test_noise_is_seen_by_the_policy(noise, tmp_path, monkeypatch):
+    """A policy that jumps wherever a pixel is neither black, grey nor white fails under noise and not without."""
+    args = ppo_pisco.Args(jump_tasks="20:10,30:20")
+    encoder = load("linear_state", monkeypatch).StateEncoder(args, (1, 60, 60))
+
+    def policy(obs):
+        clean = torch.isin(obs, torch.tensor([0.0, 128.0, 255.0])).flatten(1).all(1)
+        right = encoder(obs) @ torch.tensor([2.0, 0.0, -2.0, 0.0]) + 14.5  # positive from 14 pixels on
+        logit = torch.where(clean, right, 1.0)
+        return torch.stack([torch.zeros_like(logit), logit], 1), None
+
+    monkeypatch.setattr(noise, "load_policy", lambda folder: (args, policy))
+    table = noise.noise_table(tmp_path)
+    assert list(table) == list(noise.STDS) and table[0] == 1.0 and table[64] == 0.0
+
+
+def test_a_failing_head_ends_with_the_programs_exit_code(noise, tmp_path, capfd):
+    kept = noise.weights_folder(noise.WORK, ["ppo_pisco.py", *FLAGS])
+    kept.mkdir(parents=True)
+    (kept / "args.json").write_text(json.dumps({"jump_tasks": "bogus", "seed": 1}))
+    assert noise.main([*FLAGS, "--runs-dir", str(tmp_path)]) == 1
+    assert "--jump-tasks bogus" in capfd.readouterr().err
 
 
 @pytest.fixture
