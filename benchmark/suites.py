@@ -141,8 +141,6 @@ OWN_RATE |= {
     "state encoder, frozen, linear head": "1e-2",
     "state encoder, frozen, MLP head": "3e-3",
     "state encoder, finetuned": "1e-3",
-}
-OWN_RATE |= {
     "finetuned + PiSCO": "1e-3",
     "frozen bottom + SimSiam": "1e-3",
     "frozen bottom + CURL": "3e-3",
@@ -179,8 +177,8 @@ IMPALA = {"impala, from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ss
 NATURE = {f"nature, {name}": BASELINES[name] for name in ("finetuned", "frozen bottom")}
 
 
-# PiSCO's gain at two priors of jumping, with the rate of the older suites and with the methods' own
 METHODS = BASELINES | FURTHER_LOSSES
+# PiSCO's gain at two priors of jumping, with the rate of the older suites and with the methods' own
 JUMP_PRIOR = {
     f"prior {prior}, {name} at {rate or 'its own rate'}": f"{METHODS[name]} --jump-tasks target --jump-prior {prior} "
     f"--learning-rate {rate or OWN_RATE[name]}"
@@ -235,7 +233,7 @@ def in_cells(methods):
 
 CELLS = in_cells({name: flags for name, flags in METHODS.items() if name != "frozen, linear head"})
 FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
-CELL_SEEDS = {name: 201 if " encoder 2, " in name else 204 for name in CELLS}
+CELL_SEEDS = {name: 201 if f" encoder {ENCODER_SEEDS[0]}, " in name else 204 for name in CELLS}
 FIVE_IN_CELLS = {name: flags for name, flags in CELLS.items() if name.split(", ", 1)[1] in FIVE}
 
 
@@ -272,7 +270,7 @@ SUITES = {
         "methods": {
             name: f"{flags} --total-timesteps 307200 --eval-interval 30720"
             for name, flags in FIVE_IN_CELLS.items()
-            if name.startswith(("lattice 8 floors encoder 2", "lattice 5 grid encoder 2"))
+            if name.startswith(("lattice 8 floors", "lattice 5 grid")) and f" encoder {ENCODER_SEEDS[0]}, " in name
         },
     },
     "jump-impala-sources": {

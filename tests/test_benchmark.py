@@ -136,7 +136,7 @@ def test_cells_begin_with_the_encoders_of_their_splits(monkeypatch):
     assert len(set(commands)) == len(commands) == 72  # from scratch too is run in every cell
 
 
-def test_a_cell_has_one_encoder_in_all_kept_runs(monkeypatch):
+def test_a_cell_has_one_encoder_in_all_kept_runs():
     """One that was made again on another machine is another encoder under the same name."""
     found = {}
     for path in (ROOT / "benchmark" / "results").glob("jump-*/*/*/manifest.json"):
