@@ -67,7 +67,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "pisco"  # the Weights & Biases project
     capture_video: bool = False  # write a GIF of the first episode of every evaluation
-    checkpoint_interval: int = 10_000  # frames between two checkpoints; there is one before every evaluation too
+    checkpoint_interval: int = 10_000  # frames between two checkpoints, beside those before evaluations (0: only those)
     eval_interval: int = 10_000  # frames between two evaluations; the last is at the end (0: only that one)
     eval_episodes: int = 10  # episodes per evaluation, played with the policy's mean
     eval_max_steps: int = 27_000  # of an evaluation episode
@@ -883,10 +883,10 @@ def train(args):
             bar.set_postfix({"return": f"{episode_return:.1f}"}, refresh=False)
         row |= {f"losses/{name}": mean for name, mean in mean_statistics(history).items()}
         rows.append(row)
-        evaluation_due = (
-            step == total_steps or args.eval_interval and after // args.eval_interval > before // args.eval_interval
-        )
-        if evaluation_due or after // args.checkpoint_interval > before // args.checkpoint_interval:
+        intervals = args.eval_interval, args.checkpoint_interval
+        evaluation_due, checkpoint_due = (bool(k) and after // k > before // k for k in intervals)
+        evaluation_due |= step == total_steps
+        if evaluation_due or checkpoint_due:
             state = {
                 "step": step, "evaluation_due": evaluation_due, "rows": rows, "seconds": seconds,
                 "agent": agent.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),

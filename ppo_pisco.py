@@ -65,7 +65,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "pisco"  # the Weights & Biases project
     capture_video: bool = False  # write a GIF of one greedy episode at every evaluation
-    checkpoint_interval: int = 10  # iterations between two checkpoints; there is one before every evaluation too
+    checkpoint_interval: int = 10  # iterations between two checkpoints, beside those before evaluations (0: only those)
     eval_interval: int = 10_240  # environment steps between two evaluations; the last is at the end (0: only that one)
     eval_episodes: int = 10  # episodes per evaluation and policy (greedy, sampled); Jump-v0 plays every task once
     eval_max_steps: int = 27_000  # of an evaluation episode, where the environment names no limit of its own
@@ -893,7 +893,7 @@ def train(args):
         initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True, file=sys.stdout,
         mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
     )  # fmt: skip
-    eval_interval = args.eval_interval or math.inf
+    eval_interval, checkpoint_interval = args.eval_interval or math.inf, args.checkpoint_interval or math.inf
     for iteration in range(start, num_iterations + 1):
         global_step = iteration * batch_size
         evaluation_due = iteration == num_iterations or 0 < iteration and global_step % eval_interval < batch_size
@@ -915,7 +915,7 @@ def train(args):
                 row["charts/success"] = float(np.mean([episode["success"] for episode in episodes]))
             rows.append(row | {f"losses/{name}": value for name, value in losses.items()})
             bar.update(batch_size)
-            if evaluation_due or iteration % args.checkpoint_interval == 0:
+            if evaluation_due or iteration % checkpoint_interval == 0:
                 state = {
                     "iteration": iteration, "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
                     "envs": envs.get_state(), "rows": rows, "episodes": episodes, "seconds": seconds,

@@ -473,7 +473,7 @@ def test_what_is_printed(tmp_path, capsys):
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 def test_evaluation_leaves_training_alone(tmp_path, finished):
-    folder = train(tmp_path, "--eval-interval 40 --eval-episodes 2 --capture-video")
+    folder = train(tmp_path, "--eval-interval 40 --checkpoint-interval 0 --eval-episodes 2 --capture-video")
     assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert len(set(evaluation(folder)["return"])) == 2  # two different episodes
     # The first episode's end after each mark; that at 78 is before the second one

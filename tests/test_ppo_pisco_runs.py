@@ -445,7 +445,7 @@ def test_gif_shows_the_newest_frame_of_a_stack(tmp_path):
 def test_evaluation_of_an_endless_environment_is_cut_off(tmp_path, capsys):
     """The iteration's numbers and its checkpoint are on the disk before the evaluation begins."""
     flags = (
-        "--env-id TinyImageEndless-v0 --eval-max-steps 7 --eval-episodes 2 --eval-interval 64 --checkpoint-interval 9"
+        "--env-id TinyImageEndless-v0 --eval-max-steps 7 --eval-episodes 2 --eval-interval 64 --checkpoint-interval 0"
     )
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, ppo_pisco, "evaluate", 2)
