@@ -42,15 +42,6 @@ SCORES = {  # program: columns of metrics.csv for step and score, what they are 
     "ppo_pisco.py": ("global_step", "eval/greedy_success", "environment steps", "tasks solved (greedy)"),
     "drqv2_pisco.py": ("global_step", "eval/greedy_return", "frames", "return (mean of 10 episodes)"),
 }
-RATES_SCAN = (r"(?P<group>.+), (?P<x>[^ ]+)", "learning rate (--learning-rate)", "log")
-SCANS = {  # suites over a number: how a method's name tells it and what varies beside it, the axis' name and scale
-    "jump-rates": RATES_SCAN,
-    "jump-loss-rates": RATES_SCAN,
-    "jump-state-rates": RATES_SCAN,
-    "jump-impala-rates": RATES_SCAN,
-    "jump-coef": (r"(?P<group>\w+) (?P<x>[\d.]+)", "weight of the self-supervised loss (--ssl-coef)", "log"),
-    "jump-depth": (r"(?P<x>\d) frozen, (?P<group>\w+)", "frozen layers from the bottom (--freeze-layers)", "linear"),
-}
 PANELS = {  # suites of more than five methods: which of them are compared in one panel of the learning curves
     "jump-baselines": [
         ["from scratch", "frozen, linear head", "frozen, MLP head", "finetuned"],
@@ -118,10 +109,7 @@ CONTRASTS = {
 FREEZING = [("impala, 7 frozen", "impala, 0 frozen"), ("nature, frozen bottom", "nature, finetuned")]
 # Further differences that benchmark/README.md speaks of: suite: [(method, other), ...]
 GAINS = {
-    "jump-baselines": [(m, "from scratch") for m in ("frozen, MLP head", "finetuned", "frozen bottom")]
-    + [("frozen bottom + PiSCO", "frozen bottom"), ("frozen bottom", "finetuned")],
-    "jump-transfer": [(f"{base} + PiSCO", base) for base in ("finetuned", "frozen bottom")]
-    + [(f"frozen bottom + {loss}", "frozen bottom") for loss in ("SimSiam", "CURL", "consistency")],
+    "jump-baselines": [(m, "from scratch") for m in ("frozen, MLP head", "finetuned", "frozen bottom")],
 }
 REPS = 2_000  # bootstrap samples of rliable
 SAMPLES = 20_000  # bootstrap samples over cells
@@ -439,38 +427,31 @@ def draw_forest(judged):
     save(figure, "readme")
 
 
-def scan_lines(pattern, results, number=str):
-    """{group: {number(x): Runs}} of methods whose names match the pattern; a method without x has None there."""
-    lines = {}
-    for method, runs in results.items():
-        match = re.fullmatch(pattern, method)
-        group, x = (match["group"], number(match["x"])) if match else (method, None)
-        lines.setdefault(group, {})[x] = runs
-    return lines
+def by_rate(results, number=str):
+    """{method: {number(learning rate): Runs}} of a suite *-rates, whose methods' names are "METHOD, RATE"."""
+    methods = {}
+    for name, runs in results.items():
+        method, rate = name.rsplit(", ", 1)
+        methods.setdefault(method, {})[number(rate)] = runs
+    return methods
 
 
-def draw_scan(suite, results):
-    """Both scores over the number that the suite varies, as benchmark/figures/SUITE.png."""
-    pattern, x_name, scale = SCANS[suite]
-    lines = scan_lines(pattern, results, float)
+def draw_rates(suite, results):
+    """Both scores over the learning rate, as benchmark/figures/SUITE.png."""
     figure, both = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", sharey=True)
     for column, (axes, title) in enumerate(zip(both, ("at the end", "mean over the run"))):
-        for i, (group, runs) in enumerate(lines.items()):
+        for i, (method, runs) in enumerate(by_rate(results, float).items()):
             points, intervals = zip(*(aggregate(one.both[:, column : column + 1]) for one in runs.values()))
-            label = f"{group} (n = {min(len(one.seeds) for one in runs.values())})"
-            if None in runs:  # a method without the number
-                axes.axhline(points[0][0], color=COLOURS[i], linestyle=":", label=label)
-                continue
-            low, high = np.array(intervals)[:, :, 0].T
-            if min(len(one.seeds) for one in runs.values()) >= FEW:
+            n = min(len(one.seeds) for one in runs.values())
+            if n >= FEW:
+                low, high = np.array(intervals)[:, :, 0].T
                 axes.fill_between(list(runs), low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
             else:
-                for x, one in runs.items():
-                    axes.scatter([x] * len(one.seeds), one.both[:, column], color=COLOURS[i], s=8, alpha=0.5)
-            axes.plot(list(runs), np.ravel(points), marker="o", color=COLOURS[i], label=label)
-        axes.set(xlabel=x_name, xscale=scale, title=title)
-        ticks = sorted({x for runs in lines.values() for x in runs if x is not None})
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+                for rate, one in runs.items():
+                    axes.scatter([rate] * len(one.seeds), one.both[:, column], color=COLOURS[i], s=8, alpha=0.5)
+            axes.plot(list(runs), np.ravel(points), marker="o", color=COLOURS[i], label=f"{method} (n = {n})")
+        axes.set(xlabel="learning rate (--learning-rate)", xscale="log", title=title)
+        axes.set_xticks(list(runs), [f"{rate:g}" for rate in runs], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     both[0].set_ylabel(columns_of(suite)[-1])
@@ -501,7 +482,10 @@ def draw_grid(suite, results):
     save(figure, suite)
 
 
-DRAW = dict.fromkeys(SCANS, draw_scan) | {"jump-grid": draw_grid, "jump-impala": draw_steps_and_minutes}
+DRAW = dict.fromkeys([suite for suite in SUITES if suite.endswith("-rates")], draw_rates) | {
+    "jump-grid": draw_grid,
+    "jump-impala": draw_steps_and_minutes,
+}
 
 
 def with_interval(point, interval, digits, sign=""):
@@ -628,7 +612,7 @@ def write_noise_table():
 def write_rates_table(results, n):
     """Every method's mean over the run (at the end) at every learning rate and the seeds, as Markdown; in bold the best
     mean of a method with n seeds at every rate."""
-    methods = scan_lines(RATES_SCAN[0], results)  # {method: {rate: Runs}}
+    methods = by_rate(results)  # {method: {rate: Runs}}
     rates, rows = list(dict.fromkeys(rate for found in methods.values() for rate in found)), []
     for method, found in methods.items():
         means = {rate: round(runs.both[:, 1].mean(), 9) for rate, runs in found.items()}
