@@ -4,12 +4,12 @@
     python benchmark/plot.py                # everything
     python benchmark/plot.py quickstart     # one suite
 
-Curves and scans show the interquartile mean over seeds with a 95% stratified bootstrap interval (Agarwal et al. 2021,
-by rliable), or every seed, faint, where these are few; over cells they show means and percentiles of resampled cells.
-The forest plot has differences between plain means, with intervals under Holm's correction. A suite's table has two
-scores, the last evaluation's and the mean over all evaluations of a run, which tells how fast it learned, and the
-probability that a run of the method has a higher mean than one of the suite's first method. A method without results is
-left out. One suite's name redraws that suite alone, not the verdicts and the forest plot.
+Curves over steps and rates show the interquartile mean over seeds with a 95% stratified bootstrap interval (Agarwal et
+al. 2021, by rliable), or every seed, faint, where these are few; over cells they show means and percentiles of
+resampled cells. The forest plot has differences between plain means, with intervals under Holm's correction. A suite's
+table has two scores, the last evaluation's and the mean over all evaluations of a run, which tells how fast it
+learned, and the probability that a run of the method has a higher mean than one of the suite's first method. A method
+without results is left out. One suite's name redraws that suite alone, not the verdicts and the forest plot.
 """
 
 import csv
@@ -438,20 +438,22 @@ def by_rate(results, number=str):
 
 def draw_rates(suite, results):
     """Both scores over the learning rate, as benchmark/figures/SUITE.png."""
+    methods = by_rate(results, float)
+    rates = sorted({rate for runs in methods.values() for rate in runs})
     figure, both = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", sharey=True)
     for column, (axes, title) in enumerate(zip(both, ("at the end", "mean over the run"))):
-        for i, (method, runs) in enumerate(by_rate(results, float).items()):
+        for i, (method, runs) in enumerate(methods.items()):
             points, intervals = zip(*(aggregate(one.both[:, column : column + 1]) for one in runs.values()))
-            n = min(len(one.seeds) for one in runs.values())
+            n, style = min(len(one.seeds) for one in runs.values()), style_of(i)
             if n >= FEW:
                 low, high = np.array(intervals)[:, :, 0].T
-                axes.fill_between(list(runs), low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
+                axes.fill_between(list(runs), low, high, color=style["color"], alpha=0.12, linewidth=0)
             else:
                 for rate, one in runs.items():
-                    axes.scatter([rate] * len(one.seeds), one.both[:, column], color=COLOURS[i], s=8, alpha=0.5)
-            axes.plot(list(runs), np.ravel(points), marker="o", color=COLOURS[i], label=f"{method} (n = {n})")
+                    axes.scatter([rate] * len(one.seeds), one.both[:, column], color=style["color"], s=8, alpha=0.5)
+            axes.plot(list(runs), np.ravel(points), marker="o", label=f"{method} (n = {n})", **style)
         axes.set(xlabel="learning rate (--learning-rate)", xscale="log", title=title)
-        axes.set_xticks(list(runs), [f"{rate:g}" for rate in runs], minor=False)
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     both[0].set_ylabel(columns_of(suite)[-1])
