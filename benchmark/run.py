@@ -10,8 +10,8 @@
 Every run is one of the repository's programs, which Ray starts where there is room. A finished one leaves metrics.csv,
 evaluation.json and manifest.json under benchmark/results/SUITE/METHOD/SEED/ and is skipped from then on, as is one that
 another suite has run with the same command and the same number of cores: its results are copied. Networks stay in
-benchmark/runs/weights/ of this machine. A killed run goes on from its checkpoint, a failed one is tried once more and
-then reported. After Ctrl-C the same command goes on.
+benchmark/runs/weights/ of this machine; encoders that other suites begin with are kept with the results. A killed run
+goes on from its checkpoint, a failed one is tried once more and then reported. After Ctrl-C the same command goes on.
 """
 
 import ctypes
@@ -39,7 +39,8 @@ from suites import SUITES, folder_of, seeds_of, weights_folder  # noqa: E402
 RESULTS = ROOT / "benchmark" / "results"
 WORK = ROOT / "benchmark" / "runs"  # unfinished runs
 KEPT = ("metrics.csv", "evaluation.json")
-NETWORKS = ("args.json", "encoder.safetensors", "model.safetensors")  # for further measurements, not in the results
+ENCODER = ("encoder.safetensors",)  # in the results of the suites whose encoders others begin with
+NETWORKS = ("args.json", *ENCODER, "model.safetensors")  # for further measurements, not in the results
 PACKAGES = ("torch", "gymnasium", "envpool", "dm-control", "mujoco", "numpy")
 
 
@@ -225,7 +226,7 @@ def keep(run, results, files, about):
     for name in NETWORKS:
         if name in files:
             (weights / name).write_bytes(files[name])
-    kept = {name: files[name] for name in KEPT}
+    kept = {name: files[name] for name in KEPT + ENCODER * SUITES[run.suite].get("encoders", False)}
     put(run, results, kept | {"manifest.json": json.dumps(manifest, indent=1).encode() + b"\n"})
     shutil.rmtree(run.folder(WORK), ignore_errors=True)
 

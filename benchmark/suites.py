@@ -1,6 +1,7 @@
 """The benchmark's suites. A suite is a program with the flags that all its methods share, and a table: method -> flags.
 Its `n` is the number of seeds that its protocol asks for, and they begin at its `first_seed`, a number or one for every
-method. In a suite over `cells` a method's name is "CELL, METHOD".
+method. In a suite over `cells` a method's name is "CELL, METHOD". The encoders of a suite of `encoders` are kept with
+its results: made again on another kind of CPU they are others.
 
 What stands beside a method's name is all that sets it apart. Every flag is the program's own: `python ppo_pisco.py
 --help`, `python drqv2_pisco.py --help`.
@@ -27,9 +28,9 @@ def weights_folder(work, flags):
     return work / "weights" / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
 
 
-def encoder_of(flags, seed):
-    """The path of the encoder that a run of a suite with these program and flags leaves on its machine."""
-    return weights_folder(Path("benchmark/runs"), f"{flags} --seed {seed}".split()) / "encoder.safetensors"
+def encoder_of(suite, method, seed):
+    """The path of the encoder that a run of a suite with "encoders" leaves beside its results."""
+    return folder_of(Path("benchmark/results"), suite, method) / str(seed) / "encoder.safetensors"
 
 
 def join(tasks):
@@ -68,7 +69,7 @@ DMC_SOURCES = {
     "walker-walk": f"--env-id walker-walk {DMC_WALKER}",
     "hopper-stand": "--env-id hopper-stand",
 }
-DMC_ENCODERS = {source: encoder_of(f"{DMC_OFFICIAL} {flags}", 1) for source, flags in DMC_SOURCES.items()}
+DMC_ENCODERS = {source: encoder_of("dmc-source", source, 1) for source in DMC_SOURCES}
 DMC_TARGETS = {  # target task: its source and its own flags
     "cartpole-swingup": ("cartpole-balance", ""),
     "walker-walk": ("walker-stand", DMC_WALKER),
@@ -204,13 +205,13 @@ def on_target(methods):
 
 def in_cells(methods):
     """{"SPLIT encoder SEED, METHOD": flags} of the methods with their own learning rates on every split's target tasks,
-    with each of the encoders of jump-sources, which this machine must have made."""
+    with each of the encoders of jump-sources."""
     return {
         f"{split} encoder {seed}, {name}": flags
-        for split, (source, target) in SPLITS.items()
+        for split, (_, target) in SPLITS.items()
         for seed in ENCODER_SEEDS
         for name, flags in with_encoder(
-            with_own_rates(methods, target), encoder_of(f"{JUMP_SOURCE} --jump-tasks {source}", seed)
+            with_own_rates(methods, target), encoder_of("jump-sources", split, seed)
         ).items()
     }
 
@@ -232,6 +233,7 @@ SUITES = {
     # The encoders of jump-cells, two seeds, and those of jump-impala.
     "jump-sources": {
         "program": JUMP_SOURCE,
+        "encoders": True,
         "n": 2,
         "first_seed": ENCODER_SEEDS[0],
         "methods": {split: f"--jump-tasks {source}" for split, (source, _) in SPLITS.items()},
@@ -259,13 +261,14 @@ SUITES = {
     },
     "jump-impala-sources": {
         "program": IMPALA_SOURCE,
+        "encoders": True,
         "n": 2,
         "first_seed": ENCODER_SEEDS[0],
         "methods": {"lattice 8 floors": "--jump-tasks source"},
     },
     "jump-impala-rates": over_rates(
-        with_encoder(IMPALA, encoder_of(f"{IMPALA_SOURCE} --jump-tasks source", ENCODER_SEEDS[0]))
-        | with_encoder(NATURE, encoder_of(f"{JUMP_SOURCE} --jump-tasks source", ENCODER_SEEDS[0])),
+        with_encoder(IMPALA, encoder_of("jump-impala-sources", "lattice 8 floors", ENCODER_SEEDS[0]))
+        | with_encoder(NATURE, encoder_of("jump-sources", "lattice 8 floors", ENCODER_SEEDS[0])),
         rates=("3e-4", "1e-3", "3e-3"),
         length="--total-timesteps 51200 --eval-interval 10240",
         n=2,
@@ -336,8 +339,8 @@ SUITES = {
         },
     },
     # The encoders for dmc-transfer: seed 1 is enough.
-    "dmc-source": {"program": DMC_OFFICIAL, "methods": DMC_SOURCES},
-    # From the encoders of dmc-source, which this machine must have made, to harder tasks of the same body.
+    "dmc-source": {"program": DMC_OFFICIAL, "encoders": True, "methods": DMC_SOURCES},
+    # From the encoders of dmc-source to harder tasks of the same body.
     "dmc-transfer": {
         "program": "drqv2_pisco.py --total-frames 100000",
         "methods": {

@@ -121,11 +121,12 @@ def test_cells_begin_with_the_encoders_of_their_splits(monkeypatch):
     for name in suites.CELLS:
         cell, method = name.split(", ", 1)
         split, encoder = cell.rsplit(" encoder ", 1)
-        source = module.Run("jump-sources", split, int(encoder))
+        source = module.Run("jump-sources", split, int(encoder)).folder(Path("benchmark/results"))
         assert int(encoder) in suites.seeds_of("jump-sources", split, module.SUITES["jump-sources"]["n"])
         run = module.Run("jump-cells", name, suites.seeds_of("jump-cells", name, 1)[0])
-        file = f"{module.weights_folder(Path('benchmark/runs'), source.flags)}/encoder.safetensors"
-        assert (file in run.flags) == (method != "from scratch") and suites.SPLITS[split][1] in run.flags
+        assert (f"{source}/encoder.safetensors" in run.flags) == (method != "from scratch") and suites.SPLITS[split][
+            1
+        ] in run.flags
         if name in module.SUITES["jump-noise"]["methods"]:
             noise = module.Run("jump-noise", name, run.seed)
             assert ["ppo_pisco.py", *noise.flags[1:]] == run.flags
@@ -133,21 +134,38 @@ def test_cells_begin_with_the_encoders_of_their_splits(monkeypatch):
     assert len(set(commands)) == len(commands) == 72  # from scratch too is run in every cell
 
 
-def test_a_cell_has_one_encoder_in_all_kept_runs():
+def manifests_of(pattern):
+    """{path: manifest} of the kept runs of all suites whose names fit the pattern."""
+    paths = (ROOT / "benchmark" / "results").glob(f"{pattern}/*/*/manifest.json")
+    return {path: json.loads(path.read_text()) for path in paths}
+
+
+def test_an_encoder_is_the_same_in_all_kept_runs():
     """One that was made again on another machine is another encoder under the same name."""
     found = {}
-    for path in (ROOT / "benchmark" / "results").glob("jump-*/*/*/manifest.json"):
-        manifest = json.loads(path.read_text())
+    for manifest in manifests_of("jump-*").values():
         if manifest.get("encoder_sha256"):
             command = manifest["command"].split()
             where = [word for flag, word in zip(command, command[1:]) if flag == "--encoder-weights"]
-            found.setdefault(where[0] if where else "shipped", set()).add(manifest["encoder_sha256"])
-    assert all(len(checksums) == 1 for checksums in found.values())
+            file = where[0] if where else "encoders/jump-v0__nature__rl.safetensors"
+            found.setdefault(file, set()).add(manifest["encoder_sha256"])
+    assert found == {file: {hashlib.sha256((ROOT / file).read_bytes()).hexdigest()} for file in found}
+
+
+def test_a_cells_runs_differ_in_nothing_but_method_and_seed(monkeypatch):
+    """One kind of CPU, one commit: arms that are compared stand on the same ground, cells need not."""
+    suites = load("run", monkeypatch).SUITES
+    grounds = {}
+    for suite in (name for name, suite in suites.items() if suite.get("cells")):
+        for path, manifest in manifests_of(suite).items():
+            ground = [manifest[key] for key in ("hardware", "commit", "versions", "cores_per_run")]
+            grounds.setdefault((suite, path.parts[-3].split(",")[0]), []).append(ground)
+    assert all(ground == of_cell[0] for of_cell in grounds.values() for ground in of_cell)
 
 
 def test_kept_results_are_those_of_their_suites(monkeypatch):
     module = load("run", monkeypatch)
-    manifests = list((ROOT / "benchmark" / "results").glob("*/*/*/manifest.json"))
+    manifests = manifests_of("*")
     for path in manifests:
         suite, method, seed = path.parts[-4:-1]
         (name,) = [name for name in module.SUITES[suite]["methods"] if name.replace(" ", "_") == method]
@@ -193,7 +211,7 @@ def test_bad_input(runner, capsys, flags):
     assert error.count("\n") == 1 and error.startswith("run.py: error: ")
 
 
-def test_finished_run_is_kept_and_skipped(runner, capsys):
+def test_finished_run_is_kept_and_skipped(runner, capsys, tmp_path):
     run = runner.Run("tiny", "one method", 1)
     assert not runner.is_finished(run, runner.RESULTS)
     code, files, about, output = execute(runner, run)
@@ -208,6 +226,9 @@ def test_finished_run_is_kept_and_skipped(runner, capsys):
     assert set(manifest["versions"]) == {"python", *runner.PACKAGES} and "cores" in manifest["hardware"]
     assert manifest["commit"] == "abc"
     assert not run.folder(runner.WORK).exists()
+    runner.SUITES["tiny"]["encoders"] = True
+    runner.keep(run, tmp_path, files, about)
+    assert (run.folder(tmp_path) / "encoder.safetensors").read_bytes() == files["encoder.safetensors"]
     weights = runner.weights_folder(runner.WORK, run.flags)
     assert sorted(path.name for path in weights.iterdir()) == ["args.json", "command.txt", "encoder.safetensors"]
     assert (weights / "command.txt").read_text() == run.command + "\n"
