@@ -68,6 +68,7 @@ class Args:
     checkpoint_interval: int = 10  # iterations between two checkpoints, beside those before evaluations (0: only those)
     eval_interval: int = 10_240  # environment steps between two evaluations; the last is at the end (0: only that one)
     eval_episodes: int = 10  # episodes per evaluation and policy (greedy, sampled); Jump-v0 plays every task once
+    eval_grid: bool = True  # Jump-v0: evaluations play the grid's 286 tasks beside the run's own
     eval_max_steps: int = 27_000  # of an evaluation episode, where the environment names no limit of its own
 
     # Environment
@@ -113,8 +114,7 @@ class Args:
     target_kl: float | None = None  # end an iteration's epochs once the approximate KL exceeds this
 
 
-# The defaults above are Jump's. What --env-id matches has these on top: CleanRL's for Atari (ppo_atari_envpool.py), and
-# for EnvPool's Procgen those of ppo_procgen.py.
+# The defaults above are Jump's. What --env-id matches has CleanRL's on top (ppo_atari_envpool.py, ppo_procgen.py).
 ATARI = {
     "encoder_weights": "none", "feature_dim": 512, "reward_scale": 1.0, "total_timesteps": 10_000_000,
     "eval_interval": 1_000_000, "learning_rate": 2.5e-4, "anneal_lr": True, "num_envs": 8, "num_steps": 128,
@@ -173,8 +173,8 @@ def parse_jump_tasks(text):
 
 
 def evaluation_tasks(args):
-    """Jump's evaluation: the run's own tasks and the whole grid, each task once."""
-    return list(dict.fromkeys(parse_jump_tasks(args.jump_tasks) + JUMP_GRID))
+    """Jump's evaluation: the run's own tasks and, with --eval-grid, the whole grid, each task once."""
+    return list(dict.fromkeys(parse_jump_tasks(args.jump_tasks) + JUMP_GRID * args.eval_grid))
 
 
 class JumpVectorEnv(gym.vector.VectorEnv):
@@ -763,14 +763,14 @@ def evaluate(agent, args, device, global_step, folder):
         envs, greedy = ImageEnvs(args, len(tasks) or args.eval_episodes, evaluation=True), policy == "greedy"
         episodes = play_episodes(agent, envs, args, device, greedy, frames if args.capture_video and greedy else None)
         envs.envs.close()
-        counted = episodes[: len(trained)] if is_jump else episodes
-        results[policy] = {key: [episode[key] for episode in counted] for key in ("return", "length")}
+        results[policy] = {key: [e[key] for e in episodes[: len(trained) or None]] for key in ("return", "length")}
         metrics[f"eval/{policy}_return"] = float(np.mean(results[policy]["return"]))
         if is_jump:
             solved = {f"{x}:{y}": bool(episode["success"]) for (x, y), episode in zip(tasks, episodes)}
             results[policy] |= {"trained_tasks": [f"{x}:{y}" for x, y in trained], "solved": solved}
             metrics[f"eval/{policy}_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in trained]))
-            metrics[f"eval/{policy}_grid_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID]))
+            if args.eval_grid:
+                metrics[f"eval/{policy}_grid_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID]))
     write_atomically(folder / "evaluation.json", json.dumps(results | {"metrics": metrics}, indent=1).encode())
     if is_jump:  # which tasks the greedy policy solves: obstacle to the right, floor up; white: solved, grey: not
         solved, columns, rows = results["greedy"]["solved"], *(sorted(set(axis)) for axis in zip(*tasks))

@@ -31,7 +31,8 @@ WORK = ROOT / "benchmark" / "runs"
 STDS = (0, 2, 4, 8, 16, 32, 64)  # grey levels of 255
 DRAWS = 5  # of the noise, for every standard deviation
 HEAD = (
-    "--freeze-layers all --ssl none --head-layers 1 --learning-rate 3e-3 --total-timesteps 51200 --eval-interval 5120"
+    "--freeze-layers all --ssl none --head-layers 1 --learning-rate 3e-3 --total-timesteps 51200 --eval-interval 5120 "
+    "--no-eval-grid"
 ).split()
 
 

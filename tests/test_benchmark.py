@@ -63,9 +63,9 @@ DIGESTS = {
     "jump-baselines": "ef1232c56ed5",
     "jump-loss-rates": "039eda73fc7d",
     "jump-prior": "017ad930511d",
-    "jump-cells": "1d300ee8d8cc",
-    "jump-noise": "1d1b518847e0",
-    "jump-long": "4e1ef41293a9",
+    "jump-cells": "b8db3358b8e8",
+    "jump-noise": "39cc556fe0c7",
+    "jump-long": "da4790c9c2b8",
     "jump-state-rates": "ac8161ad78d7",
     "jump-state-baselines": "868b40418be7",
     "quickstart": "cae1438ee1e6",
@@ -76,7 +76,7 @@ DIGESTS = {
     "dmc-transfer-repeat-8": "839509d6325b",
     "jump-sources": "92d4a8f2e429",
     "jump-impala-sources": "d291e28a5fa2",
-    "jump-impala-rates": "02cbb5776d21",
+    "jump-impala-rates": "14348e4f9582",
     "dmc-sparse": "ddf528af3452",
     "dmc-swingup-gate": "95a0b4c43742",
     "dmc-swingup": "367faabb5859",
@@ -87,7 +87,7 @@ DIGESTS = {
 
 
 # Arguments that came later, with the values that change nothing
-ADDED = [("resume", None), ("eval_max_steps", 27_000), ("head_layers", 0)]
+ADDED = [("resume", None), ("eval_max_steps", 27_000), ("head_layers", 0), ("eval_grid", True)]
 
 
 def digest(suite):

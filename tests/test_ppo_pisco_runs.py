@@ -378,6 +378,23 @@ def test_evaluation_counts_every_task_once(tmp_path, monkeypatch, floors):
             assert shade == ((255 if y in floors else 90) if played else 0)
 
 
+def test_evaluation_without_the_grid_has_the_same_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo_pisco, "JUMP_GRID", JUMP_GRID)
+    found, solved = {}, {}
+    for grid in (True, False):
+        args = Args(jump_tasks="25:5,25:15,35:15,45:25", eval_grid=grid)
+        found[grid] = ppo_pisco.evaluate(Scripted({15}), args, torch.device("cpu"), 7, tmp_path)
+        solved[grid] = evaluation(tmp_path)["greedy"]["solved"]
+    assert list(solved[False]) == ["25:5", "25:15", "35:15", "45:25"] and solved[False].items() <= solved[True].items()
+    assert np.array(Image.open(tmp_path / "solved.png"))[8::16, 8::16].tolist() == [
+        [0, 0, 90],
+        [255, 255, 0],
+        [90, 0, 0],
+    ]
+    assert found[True].keys() - found[False] == {"eval/greedy_grid_success", "eval/sampled_grid_success"}
+    assert found[False].items() <= found[True].items()
+
+
 def test_evaluation_of_a_run_covers_the_grid_and_leaves_training_alone(tmp_path, monkeypatch, finished):
     monkeypatch.setattr(ppo_pisco, "JUMP_GRID", JUMP_GRID)
     folder = train(tmp_path, "--eval-interval 64 --capture-video")
