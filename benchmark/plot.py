@@ -28,7 +28,7 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from suites import SUITES, folder_of, seeds_of  # noqa: E402
+from suites import FIVE, SUITES, folder_of, seeds_of  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
@@ -51,8 +51,11 @@ PANELS = {  # suites of more than five methods: which of them are compared in on
         ["from scratch", "frozen, MLP head", "finetuned", "finetuned + PiSCO", "frozen bottom + PiSCO"],
         ["frozen bottom"] + [f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency", "PiSCO")],
     ],
+    "jump-long": [[f"{split} encoder 2, {name}" for name in FIVE] for split in ("lattice 8 floors", "lattice 5 grid")],
     "dmc-transfer-repeat-8": [["from scratch", "frozen", "finetuned", "frozen bottom", "frozen bottom + PiSCO"]],
 }
+# jump-noise's scores beside the fresh head's, higher where less is lost: of one measurement, not of a curve
+UNDER_NOISE = (", change under noise", ", relative change")
 # What the protocols beside the results predict by the paper's claims, in families that share an error of 0.05: the
 # first method's score is above the second's, or, with a margin, not further below it than that.
 PREDICTIONS = {
@@ -69,9 +72,8 @@ PREDICTIONS = {
         for other in ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom")
     ],
     "1. over splits and encoders": [("jump-cells", "finetuned", "frozen, MLP head", 0.0)],
-    "2. over splits and encoders: finetuned features are easier to learn from and more robust": [
-        ("jump-noise", f"finetuned{score}", f"frozen, MLP head{score}", 0.0)
-        for score in ("", ", kept under noise", ", share kept")
+    "2. over splits and encoders": [
+        ("jump-noise", f"finetuned{score}", f"frozen, MLP head{score}", 0.0) for score in (", fresh head", *UNDER_NOISE)
     ],
     "3. over splits and encoders": [
         ("jump-cells", "frozen bottom", "finetuned", 0.1),
@@ -225,17 +227,16 @@ def read_noise(policy):
     return results
 
 
-def kept_under_noise():
-    """{method: scores} of the fresh heads' policies under the strongest noise: success less that without noise, and the
-    share of it that is lost, negative, or 0 where none is lost or there is none to lose."""
-    kept = {}
+def changes_under_noise():
+    """{method and UNDER_NOISE: scores} of the fresh heads' policies under the strongest noise: success less that
+    without noise, and minus the share of it that is lost, or 0 where none is lost or there is none to lose."""
+    changes = {}
     for method, runs in over_cells(read_noise("fresh head")).items():
         clean, noisy = runs.scores[..., 0], runs.scores[..., -1]
         change = noisy - clean
         share = np.divide(np.minimum(change, 0), clean, out=np.zeros_like(change), where=clean > 0)
-        kept[f"{method}, kept under noise"] = np.stack([change, change], -1)
-        kept[f"{method}, share kept"] = np.stack([share, share], -1)
-    return kept
+        changes |= {f"{method}{score}": np.stack([x, x], -1) for score, x in zip(UNDER_NOISE, (change, share))}
+    return changes
 
 
 def read_scores(suite):
@@ -244,8 +245,10 @@ def read_scores(suite):
     if not is_complete(suite, results):
         return {}
     results = over_cells(results) if SUITES[suite].get("cells") else results
-    further = kept_under_noise() if suite == "jump-noise" else {}
-    return {method: runs.both / MAXIMUM[program_of(suite)] for method, runs in results.items()} | further
+    scores = {method: runs.both / MAXIMUM[program_of(suite)] for method, runs in results.items()}
+    if suite != "jump-noise":
+        return scores
+    return {f"{method}, fresh head": both for method, both in scores.items()} | changes_under_noise()
 
 
 def estimate(sample, statistic):
@@ -376,9 +379,9 @@ def draw_steps_and_minutes(suite, results):
     figure, panels = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained", sharey=True, sharex="col")
     for row, (plus, title) in zip(panels, (("", "without a loss"), (" + PiSCO", "with PiSCO"))):
         for i, method in enumerate(["impala, from scratch"] + [f"impala, {k} frozen{plus}" for k in (0, 4, 7, 10)]):
-            if not any(method in (name, name.rsplit(", encoder ", 1)[0]) for name in results):
+            if not any(name.split(", ", 1)[1] == method for name in results):
                 continue
-            minutes, scores = with_both_encoders(suite, results, method)
+            minutes, scores = map(np.concatenate, zip(*in_all_cells(suite, results, method)))
             steps = np.broadcast_to(next(iter(results.values())).steps, scores.shape)
             for axes, x in zip(row, (steps, minutes)):
                 axes.plot(x.T, scores.T, alpha=0.25, linewidth=0.8, **style_of(i))
@@ -392,21 +395,24 @@ def draw_steps_and_minutes(suite, results):
     save(figure, suite)
 
 
-def draw_forest(judged):
-    """A row per prediction of judge's {claim: [...]}: the gain and its corrected interval, coloured by verdict, as
-    benchmark/figures/readme.png."""
+def draw_forest(judged, fragile):
+    """A row per prediction of judge's {claim: [...]}: the gain, hollow where the verdict is fragile, and its corrected
+    interval, coloured by verdict, as benchmark/figures/readme.png."""
     labels = [row for claim, found in judged.items() for row in (claim, *found)]
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(labels) + 1.3), layout="constrained")
     for y, row in enumerate(labels):
         if isinstance(row, str):
             continue
-        (suite, _, _, margin), (mean, interval), (end, end_interval), counts = row
+        prediction, (mean, interval), (end, end_interval), counts = row
+        suite, method, _, margin = prediction
         colour = VERDICTS[verdict(*interval, margin, EQUAL[program_of(suite)])]
         axes.plot(interval, [y, y], color=colour, linewidth=2.5)
-        axes.plot(mean, y, "o", color=colour, markersize=7)
+        fill = "white" if prediction in fragile else colour
+        axes.plot(mean, y, "o", color=colour, markerfacecolor=fill, markersize=7)
         axes.plot(-margin, y, "|", color="black", markersize=14)  # what the interval must lie above
-        axes.plot(end_interval, [y + 0.28] * 2, color="0.75", linewidth=1)
-        axes.plot(end, y + 0.28, "o", color="0.75", markersize=4)
+        if not method.endswith(UNDER_NOISE):
+            axes.plot(end_interval, [y + 0.28] * 2, color="0.75", linewidth=1)
+            axes.plot(end, y + 0.28, "o", color="0.75", markersize=4)
         text = f"{counts[0]}, {counts[1]}; {counts[2]}"
         axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     texts = [row if isinstance(row, str) else prediction_text(row[0]) for row in labels]
@@ -418,10 +424,9 @@ def draw_forest(judged):
     axes.axvline(0, color="0.3", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
     axes.text(1.01, -0.25, "runs; cells", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-    axes.set_xlabel(
-        "gain in the mean over the run (thin: at the end), shares of the highest score",
-        fontsize=9,
-    )
+    hollow = "; hollow: hinges on one split" if fragile else ""
+    label = f"gain in the mean over the run (thin: at the end), shares of the highest score{hollow}"
+    axes.set_xlabel(label, fontsize=9)
     handles = [plt.Line2D([], [], color=colour, marker="o", linewidth=2.5) for colour in VERDICTS.values()]
     figure.legend(handles, VERDICTS, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     save(figure, "readme")
@@ -546,30 +551,34 @@ def write_cells_table(suite, results):
     return markdown(["method", "n", "at the end", "mean over the run", *names], rows)
 
 
+def gains_in_splits(prediction, scores):
+    """{split: gain, mean over the run} of a prediction over cells, and the splits that it hinges on: those without any
+    of which the uncorrected 95% interval, above, below or around its threshold, changes to another of these three."""
+    suite, better, worse, margin = prediction
+    splits = np.array([split_of(cell) for cell in cells_of(suite)])
+    ours, others, clear = scores[better][..., 1], scores[worse][..., 1], {}  # (cells, n) each
+    gains = {split: float((ours - others)[splits == split].mean()) for split in dict.fromkeys(splits)}
+    for left_out in (None, *gains):
+        rest = splits != left_out
+        _, (low, high) = compare(ours[rest], others[rest], margin)[1](0.95)
+        clear[left_out] = int(low > -margin) - int(high < -margin)
+    return gains, [split for split in gains if clear[split] != clear[None]]
+
+
 def write_fragility(suite, predictions):
-    """Predictions of a suite over cells as Markdown: the gain, mean over the run, in every split, and the splits that
-    decide, each by itself, whether the uncorrected 95% interval is above, below or around its threshold."""
-    scores, splits = read_scores(suite), np.array([split_of(cell) for cell in cells_of(suite)])
-    names, rows = list(dict.fromkeys(splits)), []
+    """The gains of a suite's predictions in every split, and the splits that they hinge on, as Markdown."""
+    scores, rows = read_scores(suite), []
     for prediction in predictions:
-        _, better, worse, margin = prediction
-        ours, others = scores[better][..., 1], scores[worse][..., 1]  # (cells, n)
-        gains, clear = ours - others, {}
-        for left_out in (None, *names):
-            rest = splits != left_out
-            _, (low, high) = compare(ours[rest], others[rest], margin)[1](0.95)
-            clear[left_out] = int(low > -margin) - int(high < -margin)
-        hinges = [split for split in names if clear[split] != clear[None]]
-        means = [f"{gains[splits == split].mean():+.2f}" for split in names]
+        gains, hinges = gains_in_splits(prediction, scores)
+        means = [f"{gain:+.2f}" for gain in gains.values()]
         rows.append([prediction_text(prediction), *means, ", ".join(hinges) or "none"])
-    return markdown(["prediction", *names, "hinges on"], rows)
+    return markdown(["prediction", *gains, "hinges on"], rows)
 
 
-def with_both_encoders(suite, results, method):
-    """Minutes and scores (n, E) each of a method's runs with either encoder, in names "METHOD, encoder SEED"."""
-    names = [name for name in results if name.rsplit(", encoder ", 1)[0] == method]
-    minutes = [read_minutes(suite, name) for name in names]
-    return np.concatenate(minutes), np.concatenate([results[name].scores for name in names])
+def in_all_cells(suite, results, method):
+    """Minutes and scores (n, E) each of a method's runs, for every cell, in names "CELL, METHOD"."""
+    names = [name for name in results if name.split(", ", 1)[1] == method]
+    return [(read_minutes(suite, name), results[name].scores) for name in names]
 
 
 def score_per_minute(minutes, scores, limit):
@@ -579,13 +588,15 @@ def score_per_minute(minutes, scores, limit):
 
 def write_freezing(suite, results):
     """Is freezing's gain larger for the large encoder? The difference of two gains as Markdown, per step and per minute
-    until the moment at which an architecture's frozen runs are done, by the median; under Holm's correction."""
+    until the moment at which a cell's frozen runs are done, by the median; under Holm's correction."""
     rows = {"per step": [], "per minute": []}
     for frozen, finetuned in FREEZING:
-        runs = [with_both_encoders(suite, results, method) for method in (frozen, finetuned)]
-        limit = np.median(runs[0][0][:, -1])
-        rows["per step"].append([scores.mean(1) for _, scores in runs])
-        rows["per minute"].append([score_per_minute(*run, limit) for run in runs])
+        cells = list(zip(*(in_all_cells(suite, results, method) for method in (frozen, finetuned))))
+        limits = [np.median(minutes[:, -1]) for (minutes, _), _ in cells]
+        per_step = [[scores.mean(1) for _, scores in runs] for runs in cells]
+        per_minute = [[score_per_minute(*run, limit) for run in runs] for runs, limit in zip(cells, limits)]
+        rows["per step"].append([np.concatenate(arm) for arm in zip(*per_step)])
+        rows["per minute"].append([np.concatenate(arm) for arm in zip(*per_minute)])
     tests = [welch([large[0], small[1]], [large[1], small[0]]) for large, small in rows.values()]
     levels = holm_levels([pvalue_of(*test) for test in tests])
     names = ["score", "", "gain of freezing, impala less nature", "impala, 95%", "nature, 95%", "runs"]
@@ -739,20 +750,25 @@ def prediction_text(prediction):
 
 
 def judge_all():
-    """judge's answers {claim: [...]} for all claims whose predictions have runs."""
+    """judge's answers {claim: [...]} for all claims whose predictions have runs, and the predictions whose verdicts are
+    fragile, as they hinge on a split."""
     scores = {suite: read_scores(suite) for suite in {p[0] for found in PREDICTIONS.values() for p in found}}
     judged = {claim: judge(predictions, scores) for claim, predictions in PREDICTIONS.items()}
-    return {claim: found for claim, found in judged.items() if found}
+    over = [p for found in judged.values() for p, *_ in found if SUITES[p[0]].get("cells")]
+    fragile = {prediction for prediction in over if gains_in_splits(prediction, scores[prediction[0]])[1]}
+    return {claim: found for claim, found in judged.items() if found}, fragile
 
 
-def write_verdicts(judged):
+def write_verdicts(judged, fragile):
     """Claims, predictions and what the kept runs say of them, as Markdown."""
     names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "runs", "cells"]
     rows = []
     for claim, found in judged.items():
         for prediction, mean, end, counts in found:
             cells = [with_interval(*gain, 2, "+") for gain in (mean, end)]
+            cells[1] = "-" if prediction[1].endswith(UNDER_NOISE) else cells[1]
             word = verdict(*mean[1], prediction[3], EQUAL[program_of(prediction[0])])
+            word += ", fragile" * (prediction in fragile)
             runs = [f"{counts[0]}, {counts[1]}", str(counts[2])]
             rows.append([claim, prediction[0], prediction_text(prediction), word, *cells, *runs])
             claim = ""
@@ -862,8 +878,8 @@ def main(argv=None):
     if args.suite == "all":
         draw_tasks()
         judged = judge_all()
-        draw_forest(judged)
-        insert_table("verdicts", write_verdicts(judged))
+        draw_forest(*judged)
+        insert_table("verdicts", write_verdicts(*judged))
         insert_table("speed", write_speeds())
     return 0
 
