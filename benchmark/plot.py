@@ -58,31 +58,39 @@ PANELS = {  # suites of more than five methods: which of them are compared in on
 UNDER_NOISE = (", change under noise", ", relative change")
 # What the protocols beside the results predict by the paper's claims, in families that share an error of 0.05: the
 # first method's score is above the second's, or, with a margin, not further below it than that.
+CLAIMS = (
+    "1. finetuning is needed",
+    "2. finetuned features are easier to learn from and stand noise better",
+    "3. bottom layers transfer, top layers must adapt",
+    "4. frozen bottom + PiSCO beats the alternatives",
+)
 PREDICTIONS = {
-    "1. finetuning is needed": [
-        ("jump-baselines", "finetuned", "frozen, MLP head", 0.0),
-        ("jump-state-baselines", "state encoder, finetuned", "state encoder, frozen, MLP head", 0.0),
-    ],
-    "3. bottom layers transfer, top layers must adapt": [
-        ("jump-baselines", "frozen bottom", "finetuned", 0.1),
-        ("jump-baselines", "frozen bottom", "frozen, MLP head", 0.0),
-    ],
-    "4. frozen bottom + PiSCO beats the alternatives": [
-        ("jump-baselines", "frozen bottom + PiSCO", other, 0.0)
-        for other in ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom")
-    ],
-    "1. over splits and encoders": [("jump-cells", "finetuned", "frozen, MLP head", 0.0)],
-    "2. over splits and encoders": [
+    CLAIMS[0]: [("jump-cells", "finetuned", "frozen, MLP head", 0.0)],
+    CLAIMS[1]: [
         ("jump-noise", f"finetuned{score}", f"frozen, MLP head{score}", 0.0) for score in (", fresh head", *UNDER_NOISE)
     ],
-    "3. over splits and encoders": [
+    CLAIMS[2]: [
         ("jump-cells", "frozen bottom", "finetuned", 0.1),
         ("jump-cells", "frozen bottom", "frozen, MLP head", 0.0),
     ],
-    "4. over splits and encoders": [
+    CLAIMS[3]: [
         ("jump-cells", "frozen bottom + PiSCO", other, 0.0)
         for other in ("from scratch", "frozen, MLP head", "finetuned", "finetuned + PiSCO", "frozen bottom")
         + tuple(f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency"))
+    ],
+}
+ONE_CELL = {  # one encoder, one split: families of their own
+    CLAIMS[0]: [
+        ("jump-baselines", "finetuned", "frozen, MLP head", 0.0),
+        ("jump-state-baselines", "state encoder, finetuned", "state encoder, frozen, MLP head", 0.0),
+    ],
+    CLAIMS[2]: [
+        ("jump-baselines", "frozen bottom", "finetuned", 0.1),
+        ("jump-baselines", "frozen bottom", "frozen, MLP head", 0.0),
+    ],
+    CLAIMS[3]: [
+        ("jump-baselines", "frozen bottom + PiSCO", other, 0.0)
+        for other in ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom")
     ],
 }
 MAXIMUM = {"ppo_pisco.py": 1, "drqv2_pisco.py": 1000}  # predictions are judged by shares of the highest score
@@ -109,10 +117,6 @@ CONTRASTS = {
 }
 # Methods whose difference is freezing's gain, for the large and for the small encoder
 FREEZING = [("impala, 7 frozen", "impala, 0 frozen"), ("nature, frozen bottom", "nature, finetuned")]
-# Further differences that benchmark/README.md speaks of: suite: [(method, other), ...]
-GAINS = {
-    "jump-baselines": [(m, "from scratch") for m in ("frozen, MLP head", "finetuned", "frozen bottom")],
-}
 REPS = 2_000  # bootstrap samples of rliable
 SAMPLES = 20_000  # bootstrap samples over cells
 FEW = 5  # with fewer seeds an interval is no more than a range: points and means alone are shown
@@ -701,28 +705,6 @@ def judge(predictions, scores):
     return [(p, *both, count) for (p, _, _), *both, count in zip(pairs, *gains, counts)]
 
 
-def gains_of(suite, ours, others):
-    """Differences between two methods' scores (n, 2), in the mean over the run and at the end, and n, as cells of a
-    table. None where one method has too few runs for an interval."""
-    if min(len(ours), len(others)) < FEW:
-        return None
-    end, mean = (difference([ours[:, i]], [others[:, i]]) for i in (0, 1))
-    cells = [with_interval(*gain, DIGITS[program_of(suite)], "+") for gain in (mean, end)]
-    return [*cells, f"{len(ours)}, {len(others)}"]
-
-
-def write_gains(suite):
-    """The differences between two methods each that GAINS has for a suite, as Markdown; without runs they are left
-    out."""
-    names = ["difference, 95%, uncorrected", "mean over the run", "at the end", "n"]
-    rows, results = [], read_suite(suite)
-    for method, other in GAINS[suite]:
-        gains = gains_of(suite, *(results[m].both if m in results else [] for m in (method, other)))
-        if gains:
-            rows.append([f"{method} - {other}", *gains])
-    return markdown(names, rows)
-
-
 def write_two_sided(suite):
     """A suite's family of gains as Markdown, under Holm's correction, and the differences of two of them, uncorrected;
     no rows before the suite is complete."""
@@ -749,11 +731,11 @@ def prediction_text(prediction):
     return f"{better} > {worse}" + (f" - {margin:.2f}" if margin else "")
 
 
-def judge_all():
-    """judge's answers {claim: [...]} for all claims whose predictions have runs, and the predictions whose verdicts are
-    fragile, as they hinge on a split."""
-    scores = {suite: read_scores(suite) for suite in {p[0] for found in PREDICTIONS.values() for p in found}}
-    judged = {claim: judge(predictions, scores) for claim, predictions in PREDICTIONS.items()}
+def judge_all(claims):
+    """judge's answers {claim: [...]} for those of the claims {claim: predictions} that have runs, and the predictions
+    whose verdicts are fragile, as they hinge on a split."""
+    scores = {suite: read_scores(suite) for suite in {p[0] for found in claims.values() for p in found}}
+    judged = {claim: judge(predictions, scores) for claim, predictions in claims.items()}
     over = [p for found in judged.values() for p, *_ in found if SUITES[p[0]].get("cells")]
     fragile = {prediction for prediction in over if gains_in_splits(prediction, scores[prediction[0]])[1]}
     return {claim: found for claim, found in judged.items() if found}, fragile
@@ -870,16 +852,15 @@ def main(argv=None):
             tables["freezing"] = write_freezing(suite, results)
         if suite in TWO_SIDED:
             tables[f"{suite} gains"] = write_two_sided(suite)
-        if suite in GAINS:
-            tables[f"{suite} gains"] = write_gains(suite)
         for name, table in tables.items():
             insert_table(name, table)
             print(f"{name}\n{table}\n")
     if args.suite == "all":
         draw_tasks()
-        judged = judge_all()
+        judged = judge_all(PREDICTIONS)
         draw_forest(*judged)
         insert_table("verdicts", write_verdicts(*judged))
+        insert_table("one cell", write_verdicts(*judge_all(ONE_CELL)))
         insert_table("speed", write_speeds())
     return 0
 

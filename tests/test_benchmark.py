@@ -447,8 +447,6 @@ def test_few_runs_have_no_interval(plot, monkeypatch):
     monkeypatch.setattr(plot, "aggregate", lambda both: (both.mean(0), np.zeros((2, 2))))
     table = plot.write_table("tiny", plot.read_suite("tiny"))
     assert table.endswith("| one method | 2 | 0.75 | 0.62 | - | 0.50 1.00 | 1.0 |")
-    ours = np.zeros((4, 2))
-    assert plot.gains_of("tiny", ours, ours) is None and plot.gains_of("tiny", np.zeros((5, 2)), np.ones((5, 2)))
 
 
 def test_suite_may_name_its_score(plot, monkeypatch):
@@ -477,8 +475,9 @@ def test_verdict(plot, low, high, margin, expected):
 
 
 def test_claims_and_gains_name_methods_of_their_suites(plot):
-    pairs = [prediction[:3] for predictions in plot.PREDICTIONS.values() for prediction in predictions]
-    pairs += [(suite, *pair) for found in (plot.GAINS, plot.TWO_SIDED) for suite in found for pair in found[suite]]
+    claims = (plot.PREDICTIONS, plot.ONE_CELL)
+    pairs = [prediction[:3] for found in claims for predictions in found.values() for prediction in predictions]
+    pairs += [(suite, *pair) for suite in plot.TWO_SIDED for pair in plot.TWO_SIDED[suite]]
     pairs += [(suite, *pair) for suite in plot.CONTRASTS for four in plot.CONTRASTS[suite].values() for pair in four]
     for suite, method, other in pairs:
         methods = plot.SUITES[suite]["methods"]
@@ -488,7 +487,6 @@ def test_claims_and_gains_name_methods_of_their_suites(plot):
             methods = {f"{name}{score}" for name in methods for score in (", fresh head", *plot.UNDER_NOISE)}
         assert {method, other} <= set(methods)
         assert method != other
-    assert all(len(set(differences)) == len(differences) for differences in plot.GAINS.values())
 
 
 def test_difference_has_welchs_interval(plot):
@@ -521,15 +519,6 @@ def test_difference_of_differences_by_hand(plot):
     assert gain == 3.0 and (low, high) == pytest.approx((3 - 2 * 2.776445, 3 + 2 * 2.776445), abs=1e-5)
 
 
-def test_gains_are_of_the_kept_runs(plot, monkeypatch):
-    monkeypatch.setattr(plot, "FEW", 2)
-    monkeypatch.setitem(plot.GAINS, "tiny", [("one method", "one method"), ("one method", "no results")])
-    monkeypatch.setattr(plot, "difference", lambda a, b: (a[0].mean() - 2 * b[0].mean(), (-0.9, -0.1)))
-    assert plot.write_gains("tiny").splitlines()[2:] == [
-        "| one method - one method | -0.62 [-0.90, -0.10] | -0.75 [-0.90, -0.10] | 2, 2 |"
-    ]
-
-
 def test_gains_without_a_direction_and_their_difference(plot, monkeypatch):
     """Two gains under Holm's correction, one clear and one clearly negative, and the first less the second."""
     random = np.random.default_rng(0)
@@ -556,7 +545,7 @@ def test_gains_without_a_direction_and_their_difference(plot, monkeypatch):
 def test_pages_have_a_place_for_every_table_of_verdicts_and_gains(monkeypatch):
     plot = load("plot", monkeypatch)
     page = (ROOT / "benchmark" / "README.md").read_text()
-    names = [f"{suite} gains" for suite in plot.GAINS] + ["verdicts"]
+    names = ["verdicts", "one cell"]
     judged = [suite for suite in plot.SUITES if "n" in plot.SUITES[suite] and plot.read_scores(suite)]
     names += [f"{suite} gains" for suite in plot.TWO_SIDED if suite in judged]
     names += [name for suite in judged if plot.SUITES[suite].get("cells") for name in (suite, f"{suite} splits")]
@@ -623,6 +612,20 @@ def test_cells_are_drawn_and_then_seeds_in_them(plot):
     assert np.mean(samples == 0.0) == pytest.approx(1 / 64, abs=0.005)
 
 
+def test_simulated_gains_and_their_misses(plot, monkeypatch):
+    """Both cells of a split share its effect, 100 times what a run's noise adds; a gain of 1 in all runs is missed by
+    no interval, nor is noise about zero."""
+    monkeypatch.setitem(sys.modules, "plot", plot)
+    coverage = load("coverage", monkeypatch)
+    gains = coverage.draw_gains(np.random.default_rng(0), 0, 100 * 3**0.5)
+    assert gains.shape == (8, 3)
+    splits = gains.reshape(4, 6)
+    assert np.ptp(splits, axis=1).max() < 6 and 20 < splits.mean(1).std() < 300
+    noise = np.random.default_rng(0).uniform(-0.01, 0.01, (8, 3))
+    assert coverage.misses(noise - noise.mean() + 1, 0.05) == [True] * 3
+    assert coverage.misses(noise - noise.mean(), 0.05) == [False] * 3
+
+
 def test_gain_over_cells_has_the_wider_of_two_intervals(plot, monkeypatch):
     """Gains by cell and seed 1, 2 and 2, 5, so cells' means of 1.5 and 3.5: Student's t with a standard error of 1 and
     one degree of freedom is tan(pi / 4) = 1 at a level of 0.5 and 3.077684 at 0.8."""
@@ -679,7 +682,8 @@ def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
 
 
 def test_what_is_predicted_has_a_number_of_seeds(plot):
-    for suite in {prediction[0] for predictions in plot.PREDICTIONS.values() for prediction in predictions}:
+    claims = [*plot.PREDICTIONS.values(), *plot.ONE_CELL.values()]
+    for suite in {prediction[0] for predictions in claims for prediction in predictions}:
         assert plot.SUITES[suite]["n"] >= plot.FEW or plot.SUITES[suite]["cells"]
         assert (ROOT / "benchmark" / "results" / suite / "PROTOCOL.md").exists()
 
@@ -736,8 +740,7 @@ def test_verdicts_that_hinge_on_a_split_are_fragile(plot, monkeypatch):
     }
     monkeypatch.setattr(plot, "read_scores", lambda suite: scores[suite])
     predictions = [("cells", "b", "a", 0.0), ("cells", "c", "a", 0.0), ("tiny", "b", "a", 0.0)]
-    monkeypatch.setattr(plot, "PREDICTIONS", {"a claim": predictions, "without runs": [("tiny", "x", "a", 0.0)]})
-    judged, fragile = plot.judge_all()
+    judged, fragile = plot.judge_all({"a claim": predictions, "without runs": [("tiny", "x", "a", 0.0)]})
     assert [row[0] for row in judged["a claim"]] == predictions and list(judged) == ["a claim"]
     assert fragile == {predictions[0]}
 
