@@ -224,7 +224,7 @@ class DMCPixels(gym.Env):
 
 
 def make_env(args):
-    """An environment of images (C, H, W) uint8 and actions (A,) in -1..1. One of your own goes here, wrapped in
+    """An environment of images (C, H, W) uint8 and actions (A,) in -1..1. Your own with its own --env-id goes here, as
     gym.wrappers.RescaleAction(Mine(), -1.0, 1.0); without get_state and set_state it resumes with fresh episodes."""
     return DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)
 
@@ -805,7 +805,7 @@ def train(args):
     state = load_checkpoint(args.resume, device) if args.resume else None
     step = state["step"] if state else 0
     env = make_env(args)
-    env.reset(seed=args.seed)
+    env.reset(seed=args.seed + step)  # another seed after a resume
     channels, *size = frame_shape = env.observation_space.shape
     obs_shape, num_actions = (args.frame_stack * channels, *size), env.action_space.shape[0]
     encoder = make_encoder(args, obs_shape, resuming=state is not None)
@@ -869,7 +869,7 @@ def train(args):
                 history.append(update(agent, critic_optimizer, actor_optimizer, batch, std, args))
             frame, reward, terminated, truncated, _ = env.step(action)
             replay.add(frame, action, reward, terminated)
-            obs = np.concatenate([obs[channels:], frame])
+            obs = np.concatenate([obs[channels:], frame], dtype=np.uint8, casting="no")
             step, episode_return, done = step + 1, episode_return + float(reward), terminated or truncated
             bar.update(args.action_repeat)
         seconds += time.perf_counter() - began

@@ -251,7 +251,7 @@ class JumpVectorEnv(gym.vector.VectorEnv):
 
 def make_envs(args, num_envs, seeds, evaluation):
     """A vector environment that resets a finished copy on its next step. Raises SystemExit for an unknown id."""
-    # One of your own: return gym.vector.SyncVectorEnv([Mine] * num_envs, autoreset_mode=NEXT_STEP)
+    # Yours, with its own --env-id: return gym.vector.SyncVectorEnv([Mine] * num_envs, autoreset_mode=NEXT_STEP)
     if args.env_id == "Jump-v0":
         tasks = evaluation_tasks(args) if evaluation else parse_jump_tasks(args.jump_tasks)
         return JumpVectorEnv(num_envs, tasks, args.jump_reward)
@@ -733,9 +733,9 @@ def play_episodes(agent, envs, args, device, greedy, frames=None):
     observations (C, H, W) uint8 are appended to `frames`, where given, thinned out to 160 pixels at most."""
     generator = torch.Generator(device).manual_seed(args.seed + 1_000_003)  # leaves the training's alone
     obs = envs.reset({"task_ids": np.arange(envs.num_envs)} if envs.is_jump else None)
-    episodes, limit = [None] * envs.num_envs, envs.max_steps or args.eval_max_steps
+    episodes, limit = [None] * envs.num_envs, 2 * (envs.max_steps or 0) or args.eval_max_steps
     thin = math.ceil(max(envs.obs_shape[1:]) / 160)
-    for _ in range(limit):
+    for _ in range(limit):  # a game that ends by itself needs a step more for every life
         if frames is not None and episodes[0] is None and len(frames) < 1000:
             frames.append(obs[0, :, ::thin, ::thin].copy())
         playing = [i for i, episode in enumerate(episodes) if episode is None]  # the policy need not see the others
@@ -766,7 +766,7 @@ def evaluate(agent, args, device, global_step, folder):
         results[policy] = {key: [e[key] for e in episodes[: len(trained) or None]] for key in ("return", "length")}
         metrics[f"eval/{policy}_return"] = float(np.mean(results[policy]["return"]))
         if is_jump:
-            solved = {f"{x}:{y}": bool(episode["success"]) for (x, y), episode in zip(tasks, episodes)}
+            solved = {f"{x}:{y}": episode["success"] == 1.0 for (x, y), episode in zip(tasks, episodes)}
             results[policy] |= {"trained_tasks": [f"{x}:{y}" for x, y in trained], "solved": solved}
             metrics[f"eval/{policy}_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in trained]))
             if args.eval_grid:

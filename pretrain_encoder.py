@@ -7,10 +7,10 @@
 # ///
 """Make encoder weights for --encoder-weights of ppo_pisco.py and drqv2_pisco.py.
 
-    python pretrain_encoder.py                                        # rl: PPO on MSR Jump's source tasks
-    python pretrain_encoder.py --env-id cartpole-balance              # rl: DrQ-v2; further flags go to the algorithm
-    python pretrain_encoder.py --resume runs/Jump-v0__pretrain_encoder__1__1700000000   # go on with a killed rl run
-    python pretrain_encoder.py --objective state                      # regress the environment's true state
+    python pretrain_encoder.py --output encoders/mine.safetensors     # rl: PPO on MSR Jump's source tasks
+    python pretrain_encoder.py --env-id walker-stand                  # rl: DrQ-v2; further flags go to the algorithm
+    python pretrain_encoder.py --resume runs/RUN --output encoders/mine.safetensors   # go on with a killed rl run
+    python pretrain_encoder.py --objective state --output encoders/state.safetensors  # regress the true state
     python pretrain_encoder.py --objective simsiam --frames my_frames --env-id Pong-v5 --frame-stack 4   # no reward
 
 `--objective rl` is the way of Arnold and Sha, arXiv 2302.06009: the algorithm trains from random weights, without a
@@ -29,6 +29,7 @@ import math
 import re
 import shlex
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,7 +59,7 @@ class Args:
 
 @dataclass
 class RLArgs(Args):
-    resume: str | None = None  # run folder of a killed rl run to go on with; its encoder is written when it ends
+    resume: str | None = None  # run folder of a killed rl run to go on with; give --output and --force again
 
 
 @dataclass
@@ -237,7 +238,7 @@ def read_frames(path):
             loaded = np.load(path, allow_pickle=False)
             arrays = [loaded[name] for name in loaded.files] if path.suffix.lower() == ".npz" else [loaded]
         return [channels_first(array) for array in arrays]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise SystemExit(f"--frames {path}: {error}; convert the file or take it away") from None
 
 

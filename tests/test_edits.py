@@ -130,10 +130,24 @@ def test_own_environment_with_drqv2_takes_one_place(tmp_path, monkeypatch):
         "    from own_environment import Mine\n\n"
         "    return gym.wrappers.RescaleAction(Mine(continuous=True), -1.0, 1.0)\n"
     )
-    _, folder, rows = train_edited("drqv2_pisco.py", [(line, own)], "--action-repeat 1", tmp_path, monkeypatch)
+    _, folder, rows = train_edited(
+        "drqv2_pisco.py", [(line, own)], "--env-id Mine --action-repeat 1", tmp_path, monkeypatch
+    )
     weights = ppo_pisco.safetensors.torch.load_file(folder / "encoder.safetensors")
     assert weights["layers.0.0.weight"].shape == (32, 3, 3, 3)  # three grey images
     assert rows[-1]["eval/greedy_return"] == "10.0" and rows[-1]["losses/pisco"]
+
+
+def test_own_environment_of_float_images_is_refused_by_drqv2(tmp_path, monkeypatch):
+    """Images in 0..1 would be stored as black ones."""
+    line = "    return DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)\n"
+    own = (
+        "    from own_environment import Mine\n\n"
+        "    env = gym.wrappers.RescaleAction(Mine(continuous=True), -1.0, 1.0)\n"
+        "    return gym.wrappers.TransformObservation(env, lambda obs: obs / np.float32(255), env.observation_space)\n"
+    )
+    with pytest.raises(TypeError, match="float32.*uint8"):
+        train_edited("drqv2_pisco.py", [(line, own)], "--env-id Mine --action-repeat 1", tmp_path, monkeypatch)
 
 
 def test_direction_of_the_kl_takes_one_place(tmp_path, monkeypatch):

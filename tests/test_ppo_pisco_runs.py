@@ -986,6 +986,19 @@ def test_breakout_goes_on_after_a_lost_life_in_evaluation_too():
     assert games >= 2
 
 
+def test_evaluation_plays_games_with_lost_lives_to_their_own_end(monkeypatch, capsys):
+    """Each lost life takes a step that is none of the game's, so the loop is longer than the game."""
+    import envpool
+
+    make = envpool.make
+    monkeypatch.setattr(envpool, "make", lambda env_id, **options: make(env_id, max_episode_steps=60, **options))
+    args = Args(env_id="Breakout-v5")
+    envs = ImageEnvs(args, 2, evaluation=True)
+    stay = lambda obs: (torch.eye(envs.num_actions)[:1].expand(len(obs), -1), None)  # noqa: E731
+    episodes = ppo_pisco.play_episodes(stay, envs, args, torch.device("cpu"), greedy=True)
+    assert [episode["length"] for episode in episodes] == [60, 60] and "cut off" not in capsys.readouterr().out
+
+
 def test_vizdoom_combines_its_buttons(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # VizDoom writes its settings where it runs
     envs, told = spied("HealthGathering-v1", 2)
