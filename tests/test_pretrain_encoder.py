@@ -283,8 +283,9 @@ def test_training_gives_the_kept_numbers(tmp_path, monkeypatch, flags, expected)
     )
     ((*rows,),) = histories
     assert len(rows) == len(expected)
-    for row, wanted in zip(rows, expected):
-        assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    # The first updates agree on all processors, the later ones drift apart: by 1.2% between Intel's and AMD's
+    for row, wanted, rel in zip(rows, expected, (1e-3, 2e-2)):
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=rel)
 
 
 def test_state_regression_learns_the_held_out_tasks_and_stops(tmp_path, capsys):
