@@ -60,7 +60,7 @@ UNDER_NOISE = (", change under noise", ", relative change")
 # first method's score is above the second's, or, with a margin, not further below it than that.
 CLAIMS = (
     "1. finetuning is needed",
-    "2. finetuned features are easier to learn from and stand noise better",
+    "2. finetuned features: easier to learn from, more robust",
     "3. bottom layers transfer, top layers must adapt",
     "4. frozen bottom + PiSCO beats the alternatives",
 )
@@ -132,7 +132,7 @@ class Args:
 class Runs(NamedTuple):
     """A method's kept runs: n seeds, evaluated after each of E steps."""
 
-    seeds: list
+    seeds: list  # over cells those of the first one
     steps: np.ndarray  # (E,) float64
     scores: np.ndarray  # (n, E) or, over cells, (cells, n, E) float64
 
@@ -363,11 +363,15 @@ def draw_curves(suite, results):
     size = {"figsize": (5.2 * len(panels) + 2.3 * (len(panels) == 1), 4.4), "sharey": True}
     figure, row = plt.subplots(1, len(panels), layout="constrained", squeeze=False, **size)
     for axes, methods in zip(row[0], panels):
-        for method in (method for method in methods if method in results):
-            runs, style = results[method], styles[method]
+        cells = {method.split(", ", 1)[0] for method in methods}  # a panel of one cell has its name as title
+        for i, method in enumerate(method for method in methods if method in results):
+            runs, style, label = results[method], styles[method], method
+            if len(cells) == 1 < len(methods):
+                style, label = style_of(i), method.split(", ", 1)[1]
+                axes.set_title(*cells)
             if runs.scores.ndim == 2 and len(runs.seeds) < FEW:
                 axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style)
-            draw_bands(axes, runs.steps, runs.scores, method, style)
+            draw_bands(axes, runs.steps, runs.scores, label, style)
         if program_of(suite) == "drqv2_pisco.py":
             draw_official(axes, suite, runs.steps[-1])
         axes.set_xlabel(step_name)
@@ -399,24 +403,25 @@ def draw_steps_and_minutes(suite, results):
     save(figure, suite)
 
 
-def draw_forest(judged, fragile):
-    """A row per prediction of judge's {claim: [...]}: the gain, hollow where the verdict is fragile, and its corrected
-    interval, coloured by verdict, as benchmark/figures/readme.png."""
+def draw_forest(judged, splits):
+    """A row per prediction of judge_all's answers: the gain, hollow where its verdict hinges on a split, and its
+    corrected interval, coloured by verdict, as benchmark/figures/readme.png."""
+    fragile = {prediction for prediction, (_, hinges) in splits.items() if hinges}
     labels = [row for claim, found in judged.items() for row in (claim, *found)]
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(labels) + 1.3), layout="constrained")
     for y, row in enumerate(labels):
         if isinstance(row, str):
             continue
-        prediction, (mean, interval), (end, end_interval), counts = row
-        suite, method, _, margin = prediction
+        prediction, (mean, interval), end, counts = row
+        suite, *_, margin = prediction
         colour = VERDICTS[verdict(*interval, margin, EQUAL[program_of(suite)])]
         axes.plot(interval, [y, y], color=colour, linewidth=2.5)
         fill = "white" if prediction in fragile else colour
         axes.plot(mean, y, "o", color=colour, markerfacecolor=fill, markersize=7)
         axes.plot(-margin, y, "|", color="black", markersize=14)  # what the interval must lie above
-        if not method.endswith(UNDER_NOISE):
-            axes.plot(end_interval, [y + 0.28] * 2, color="0.75", linewidth=1)
-            axes.plot(end, y + 0.28, "o", color="0.75", markersize=4)
+        if end:
+            axes.plot(end[1], [y + 0.28] * 2, color="0.75", linewidth=1)
+            axes.plot(end[0], y + 0.28, "o", color="0.75", markersize=4)
         text = f"{counts[0]}, {counts[1]}; {counts[2]}"
         axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     texts = [row if isinstance(row, str) else prediction_text(row[0]) for row in labels]
@@ -428,8 +433,8 @@ def draw_forest(judged, fragile):
     axes.axvline(0, color="0.3", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
     axes.text(1.01, -0.25, "runs; cells", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-    hollow = "; hollow: hinges on one split" if fragile else ""
-    label = f"gain in the mean over the run (thin: at the end), shares of the highest score{hollow}"
+    hollow = "; hollow: fragile" if fragile else ""
+    label = f"gain in the mean over the run (thin: at the end) or\nunder noise, shares of the highest score{hollow}"
     axes.set_xlabel(label, fontsize=9)
     handles = [plt.Line2D([], [], color=colour, marker="o", linewidth=2.5) for colour in VERDICTS.values()]
     figure.legend(handles, VERDICTS, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -556,7 +561,7 @@ def write_cells_table(suite, results):
 
 
 def gains_in_splits(prediction, scores):
-    """{split: gain, mean over the run} of a prediction over cells, and the splits that it hinges on: those without any
+    """{split: gain, mean over the run} of a prediction over cells, and the splits that it hinges on: those without each
     of which the uncorrected 95% interval, above, below or around its threshold, changes to another of these three."""
     suite, better, worse, margin = prediction
     splits = np.array([split_of(cell) for cell in cells_of(suite)])
@@ -567,16 +572,6 @@ def gains_in_splits(prediction, scores):
         _, (low, high) = compare(ours[rest], others[rest], margin)[1](0.95)
         clear[left_out] = int(low > -margin) - int(high < -margin)
     return gains, [split for split in gains if clear[split] != clear[None]]
-
-
-def write_fragility(suite, predictions):
-    """The gains of a suite's predictions in every split, and the splits that they hinge on, as Markdown."""
-    scores, rows = read_scores(suite), []
-    for prediction in predictions:
-        gains, hinges = gains_in_splits(prediction, scores)
-        means = [f"{gain:+.2f}" for gain in gains.values()]
-        rows.append([prediction_text(prediction), *means, ", ".join(hinges) or "none"])
-    return markdown(["prediction", *gains, "hinges on"], rows)
 
 
 def in_all_cells(suite, results, method):
@@ -688,9 +683,14 @@ def compare(ours, others, margin):
     return min(1.0, pvalue), interval
 
 
+def has_end(prediction):
+    """Whether the prediction is on a curve, and not on one measurement."""
+    return not prediction[1].endswith(UNDER_NOISE)
+
+
 def judge(predictions, scores):
     """Gains of a claim's predictions [(suite, method, other, margin)] that have runs enough, under Holm's correction:
-    [(prediction, (mean over the run, interval), (at the end, interval), (runs, the other's runs, cells))].
+    [(prediction, (mean over the run, interval), (at the end, interval) or None, (runs, the other's runs, cells))].
 
     scores {suite: {method: (n, 2) or (cells, n, 2)}} are those of read_scores.
     """
@@ -698,11 +698,11 @@ def judge(predictions, scores):
     pairs = [(p, a, b) for p, a, b in pairs if min(a.size, b.size) >= 2 * FEW]
     gains = []
     for column in (1, 0):
-        tests = [compare(a[..., column], b[..., column], p[3]) for p, a, b in pairs]
-        levels = holm_levels([pvalue for pvalue, _ in tests])
-        gains.append([interval(1 - level) for (_, interval), level in zip(tests, levels)])
+        tests = {p: compare(a[..., column], b[..., column], p[3]) for p, a, b in pairs if column or has_end(p)}
+        levels = holm_levels([pvalue for pvalue, _ in tests.values()])
+        gains.append({p: interval(1 - level) for (p, (_, interval)), level in zip(tests.items(), levels)})
     counts = [(a.size // 2, b.size // 2, len(a) if a.ndim == 3 else 1) for _, a, b in pairs]
-    return [(p, *both, count) for (p, _, _), *both, count in zip(pairs, *gains, counts)]
+    return [(p, gains[0][p], gains[1].get(p), count) for (p, _, _), count in zip(pairs, counts)]
 
 
 def write_two_sided(suite):
@@ -732,29 +732,32 @@ def prediction_text(prediction):
 
 
 def judge_all(claims):
-    """judge's answers {claim: [...]} for those of the claims {claim: predictions} that have runs, and the predictions
-    whose verdicts are fragile, as they hinge on a split."""
+    """judge's answers {claim: [...]} for those of the claims {claim: predictions} that have runs, and gains_in_splits
+    of their predictions over cells {prediction: (gains, splits it hinges on)}."""
     scores = {suite: read_scores(suite) for suite in {p[0] for found in claims.values() for p in found}}
     judged = {claim: judge(predictions, scores) for claim, predictions in claims.items()}
     over = [p for found in judged.values() for p, *_ in found if SUITES[p[0]].get("cells")]
-    fragile = {prediction for prediction in over if gains_in_splits(prediction, scores[prediction[0]])[1]}
-    return {claim: found for claim, found in judged.items() if found}, fragile
+    splits = {prediction: gains_in_splits(prediction, scores[prediction[0]]) for prediction in over}
+    return {claim: found for claim, found in judged.items() if found}, splits
 
 
-def write_verdicts(judged, fragile):
-    """Claims, predictions and what the kept runs say of them, as Markdown."""
-    names = ["claim", "suite", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "runs", "cells"]
+def write_verdicts(judged, splits):
+    """Claims, predictions and what the kept runs say of them, as Markdown; in columns of their own the mean over the
+    run's gains in every split. A verdict that hinges on a split is called fragile."""
+    names = ["claim", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "runs", "cells"]
+    columns = list(dict.fromkeys(split for gains, _ in splits.values() for split in gains))
     rows = []
     for claim, found in judged.items():
         for prediction, mean, end, counts in found:
-            cells = [with_interval(*gain, 2, "+") for gain in (mean, end)]
-            cells[1] = "-" if prediction[1].endswith(UNDER_NOISE) else cells[1]
+            both = [with_interval(*gain, 2, "+") if gain else "-" for gain in (mean, end)]
             word = verdict(*mean[1], prediction[3], EQUAL[program_of(prediction[0])])
-            word += ", fragile" * (prediction in fragile)
+            gains, hinges = splits.get(prediction, ({}, []))
+            word += f", fragile ({', '.join(hinges)})" if hinges else ""
+            each = [f"{gains[split]:+.2f}" if split in gains else "-" for split in columns]
             runs = [f"{counts[0]}, {counts[1]}", str(counts[2])]
-            rows.append([claim, prediction[0], prediction_text(prediction), word, *cells, *runs])
+            rows.append([claim, prediction_text(prediction), word, *both, *runs, *each])
             claim = ""
-    return markdown(names, rows)
+    return markdown([*names, *columns], rows)
 
 
 SPEEDS = [  # file of the results, row in it, what it is called
@@ -842,8 +845,7 @@ def main(argv=None):
         if suite.endswith("-rates"):
             tables = {suite: write_rates_table(results, SUITES[suite]["n"])}
         elif cells:
-            own = [p for predictions in PREDICTIONS.values() for p in predictions if p[0] == suite]
-            tables = {suite: write_cells_table(suite, results), f"{suite} splits": write_fragility(suite, own)}
+            tables = {suite: write_cells_table(suite, results)}
         else:
             tables = {suite: write_table(suite, results)}
         if suite == "jump-noise":

@@ -133,8 +133,8 @@ OWN_RATE |= {
     "frozen bottom + consistency": "3e-3",
 }
 
-# Pairs of source and target tasks. Two frozen layers have a stride of 8 pixels: only on lattices of 8 do they see a
-# target task as they saw a source task, at another place.
+# Pairs of source and target tasks. Two frozen layers have a stride of 8 pixels: only where target tasks are source
+# tasks moved by multiples of 8, in the first two, do they see a target task as they saw a source task, elsewhere.
 CHECKERS_8 = [(x, y) for x in range(20, 45, 8) for y in (2, 10, 18)]
 CHECKERS_4 = [(x, y) for x in range(20, 45, 4) for y in (10, 14, 18)]
 SPLITS = {  # name: source tasks, target tasks

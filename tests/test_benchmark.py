@@ -405,6 +405,22 @@ def test_freezings_gain_for_the_large_encoder_by_hand(plot, tmp_path, monkeypatc
     )
 
 
+def test_a_panel_of_one_cell_is_titled_by_it(plot, monkeypatch):
+    """Its methods have the same colours in every panel and every run as a thin line, as three are few."""
+    runs = plot.Runs([1, 2, 3], np.array([1.0, 2.0]), np.array([[0.0, 0.0], [0.5, 1.0], [1.0, 0.5]]))
+    panels = [[f"{cell}, {method}" for method in ("a, b", "c")] for cell in ("one", "two")]
+    monkeypatch.setitem(plot.PANELS, "tiny", panels)
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, name: figures.append(figure))
+    plot.draw_curves("tiny", {name: runs for panel in panels for name in panel})
+    one, two = figures[0].axes
+    assert (one.get_title(), two.get_title()) == ("one", "two")
+    for axes in (one, two):
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a, b (n = 3)", "c (n = 3)"]
+        assert len(axes.lines) == 2 * (3 + 1)
+    assert [line.get_color() for line in one.lines] == [line.get_color() for line in two.lines]
+
+
 def test_large_encoders_curves_are_over_steps_and_minutes(plot, tmp_path, monkeypatch):
     monkeypatch.setitem(plot.SUITES, "jump-impala", {"program": "ppo_pisco.py", "methods": {}})
     for seed, plus in ((1, ""), (2, ""), (1, " + PiSCO")):
@@ -548,8 +564,7 @@ def test_pages_have_a_place_for_every_table_of_verdicts_and_gains(monkeypatch):
     names = ["verdicts", "one cell"]
     judged = [suite for suite in plot.SUITES if "n" in plot.SUITES[suite] and plot.read_scores(suite)]
     names += [f"{suite} gains" for suite in plot.TWO_SIDED if suite in judged]
-    names += [name for suite in judged if plot.SUITES[suite].get("cells") for name in (suite, f"{suite} splits")]
-    names += [suite for suite in judged if suite.endswith(("-rates", "-sources", "-baselines", "-long"))]
+    names += [suite for suite in judged if suite.endswith(("-baselines", "-cells"))]
     names += ["noise"] * ("jump-noise" in judged) + ["freezing"] * ("jump-impala" in judged)
     assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in names)
 
@@ -579,6 +594,17 @@ def test_a_claims_predictions_share_its_error(plot):
     assert mean == plot.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2)
     assert end == plot.difference([high[:, 0]], [low[:, 0]], 1 - 0.05 / 2)
     assert other_mean == plot.difference([low[:, 1] + 0.01], [low[:, 1]], 0.95)
+
+
+def test_a_measurement_has_no_end_and_no_part_in_its_error(plot):
+    random = np.random.default_rng(0)
+    low, high = random.normal(0, 0.1, (2, 6, 2)) + np.array([[[0.0]], [[1.0]]])
+    noise = plot.UNDER_NOISE[0]
+    scores = {"tiny": {"low": low, "high": high, f"low{noise}": low, f"high{noise}": high}}
+    predictions = [("tiny", "high", "low", 0.0), ("tiny", f"high{noise}", f"low{noise}", 0.0)]
+    (_, mean, end, _), (_, _, no_end, _) = plot.judge(predictions, scores)
+    assert mean == plot.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2) and no_end is None
+    assert end == plot.difference([high[:, 0]], [low[:, 0]], 0.95)
 
 
 def test_margin_enters_the_test(plot):
@@ -722,10 +748,10 @@ def test_splits_that_a_verdict_hinges_on_are_named(plot, monkeypatch):
     a = np.zeros((6, 2, 2))
     monkeypatch.setattr(plot, "read_scores", lambda suite: {"a": a, "b": a + gains[:, None, None]})
     predictions = [("cells", "b", "a", 0.0), ("cells", "b", "a", -0.3)]
-    assert plot.write_fragility("cells", predictions).splitlines()[2:] == [
-        "| b > a | +0.55 | +0.57 | +0.03 | one, two |",
-        "| b > a - -0.30 | +0.55 | +0.57 | +0.03 | three |",
-    ]
+    found = [plot.gains_in_splits(prediction, plot.read_scores("cells")) for prediction in predictions]
+    assert [hinges for _, hinges in found] == [["one", "two"], ["three"]]
+    for by_split, _ in found:
+        assert by_split == pytest.approx({"one": 0.55, "two": 0.57, "three": 0.025})
 
 
 def test_verdicts_that_hinge_on_a_split_are_fragile(plot, monkeypatch):
@@ -740,9 +766,11 @@ def test_verdicts_that_hinge_on_a_split_are_fragile(plot, monkeypatch):
     }
     monkeypatch.setattr(plot, "read_scores", lambda suite: scores[suite])
     predictions = [("cells", "b", "a", 0.0), ("cells", "c", "a", 0.0), ("tiny", "b", "a", 0.0)]
-    judged, fragile = plot.judge_all({"a claim": predictions, "without runs": [("tiny", "x", "a", 0.0)]})
+    judged, splits = plot.judge_all({"a claim": predictions, "without runs": [("tiny", "x", "a", 0.0)]})
     assert [row[0] for row in judged["a claim"]] == predictions and list(judged) == ["a claim"]
-    assert fragile == {predictions[0]}
+    assert {prediction: hinges for prediction, (_, hinges) in splits.items()} == {
+        predictions[0]: ["one", "two"], predictions[1]: []
+    }  # fmt: skip
 
 
 def test_pair_without_spread_passes_no_test(plot):
@@ -760,18 +788,23 @@ def test_verdicts_table_and_forest(plot, monkeypatch):
         "a claim": [
             (("tiny", "one", "two", 0.0), (0.25, (0.125, 0.375)), (0.5, (0.25, 0.75)), (5, 6, 1)),
             (("other", "one", "two", 0.1), (-0.25, (-0.5, 0.0)), (0.0, (np.nan, np.nan)), (14, 14, 2)),
-            (("tiny", "a, relative change", "b", 0.0), (0.5, (0.25, 0.75)), (0.5, (0.25, 0.75)), (5, 5, 2)),
+            (("tiny", "a, relative change", "b", 0.0), (0.5, (0.25, 0.75)), None, (5, 5, 2)),
         ]
     }
-    fragile = {("other", "one", "two", 0.1)}
-    assert plot.write_verdicts(judged, fragile).splitlines()[2:] == [
-        "| a claim | tiny | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [+0.25, +0.75] | 5, 6 | 1 |",
-        "|  | other | one > two - 0.10 | inconclusive, fragile | -0.25 [-0.50, +0.00] | +0.00 [?, ?] | 14, 14 | 2 |",
-        "|  | tiny | a, relative change > b | supported | +0.50 [+0.25, +0.75] | - | 5, 5 | 2 |",
+    noise = judged["a claim"][2][0]
+    splits = {("other", "one", "two", 0.1): ({"x": -0.5, "y": 0.0}, ["x"]), noise: ({"x": 0.5, "y": 0.5}, [])}
+    head, _, *rows = plot.write_verdicts(judged, splits).splitlines()
+    assert head.endswith("| runs | cells | x | y |")
+    assert rows == [
+        "| a claim | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [+0.25, +0.75] | 5, 6 | 1 | - | - |",
+        "|  | one > two - 0.10 | inconclusive, fragile (x) | -0.25 [-0.50, +0.00] | +0.00 [?, ?] | 14, 14 | 2 | "
+        "-0.50 | +0.00 |",
+        "|  | a, relative change > b | supported | +0.50 [+0.25, +0.75] | - | 5, 5 | 2 | +0.50 | +0.50 |",
     ]
+    assert plot.write_verdicts(judged, {}).splitlines()[0].endswith("| runs | cells |")
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, name: figures.append((figure, name)))
-    plot.draw_forest(judged, fragile)
+    plot.draw_forest(judged, splits)
     ((figure, name),) = figures
     (axes,) = figure.axes
     assert name == "readme" and [text.get_text() for text in axes.get_yticklabels()] == [
