@@ -410,6 +410,7 @@ def test_a_panel_of_one_cell_is_titled_by_it(plot, monkeypatch):
     runs = plot.Runs([1, 2, 3], np.array([1.0, 2.0]), np.array([[0.0, 0.0], [0.5, 1.0], [1.0, 0.5]]))
     panels = [[f"{cell}, {method}" for method in ("a, b", "c")] for cell in ("one", "two")]
     monkeypatch.setitem(plot.PANELS, "tiny", panels)
+    monkeypatch.setattr(plot, "aggregate", lambda scores: (scores.mean(0), np.zeros((2, scores.shape[1]))))
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, name: figures.append(figure))
     plot.draw_curves("tiny", {name: runs for panel in panels for name in panel})
