@@ -269,13 +269,18 @@ SIMSIAM_NUMBERS = [
 
 
 @pytest.mark.parametrize(
-    "flags, expected",
+    "flags, expected, last",
     [
-        ("--objective state --num-frames 2000 --total-steps 20 --eval-interval 10", STATE_NUMBERS),
-        ("--objective simsiam --num-frames 500 --total-steps 10 --eval-interval 5 --batch-size 32", SIMSIAM_NUMBERS),
+        ("--objective state --num-frames 2000 --total-steps 20 --eval-interval 10", STATE_NUMBERS, 1e-3),
+        # SimSiam's first updates agree on all processors, the last are 1.2% apart between Intel's and AMD's
+        (
+            "--objective simsiam --num-frames 500 --total-steps 10 --eval-interval 5 --batch-size 32",
+            SIMSIAM_NUMBERS,
+            2e-2,
+        ),
     ],
 )
-def test_training_gives_the_kept_numbers(tmp_path, monkeypatch, flags, expected):
+def test_training_gives_the_kept_numbers(tmp_path, monkeypatch, flags, expected, last):
     real, histories = pretrain_encoder.fit, []
     monkeypatch.setattr(pretrain_encoder, "fit", lambda *args: histories.append(real(*args)) or histories[-1])
     pretrain_encoder.main(
@@ -283,8 +288,7 @@ def test_training_gives_the_kept_numbers(tmp_path, monkeypatch, flags, expected)
     )
     ((*rows,),) = histories
     assert len(rows) == len(expected)
-    # The first updates agree on all processors, the later ones drift apart: by 1.2% between Intel's and AMD's
-    for row, wanted, rel in zip(rows, expected, (1e-3, 2e-2)):
+    for row, wanted, rel in zip(rows, expected, (1e-3, last)):
         assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=rel)
 
 
