@@ -363,12 +363,13 @@ def draw_curves(suite, results):
     size = {"figsize": (5.2 * len(panels) + 2.3 * (len(panels) == 1), 4.4), "sharey": True}
     figure, row = plt.subplots(1, len(panels), layout="constrained", squeeze=False, **size)
     for axes, methods in zip(row[0], panels):
-        cells = {method.split(", ", 1)[0] for method in methods}  # a panel of one cell has its name as title
+        cells = {method.split(", ", 1)[0] for method in methods}
+        one_cell = len(cells) == 1 < len(methods)  # has its name as title, and the same colours as in other panels
+        if one_cell:
+            axes.set_title(*cells)
         for i, method in enumerate(method for method in methods if method in results):
-            runs, style, label = results[method], styles[method], method
-            if len(cells) == 1 < len(methods):
-                style, label = style_of(i), method.split(", ", 1)[1]
-                axes.set_title(*cells)
+            runs = results[method]
+            style, label = (style_of(i), method.split(", ", 1)[1]) if one_cell else (styles[method], method)
             if runs.scores.ndim == 2 and len(runs.seeds) < FEW:
                 axes.plot(runs.steps, runs.scores.T, alpha=0.25, linewidth=0.8, **style)
             draw_bands(axes, runs.steps, runs.scores, label, style)
