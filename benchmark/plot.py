@@ -93,6 +93,18 @@ ONE_CELL = {  # one encoder, one split: families of their own
         for other in ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom")
     ],
 }
+CONTROL = {  # one encoder again, each of the two tasks with families of its own
+    "positive control": [("dmc-sparse", better, "from scratch", 0.0) for better in ("finetuned", "frozen")],
+    CLAIMS[0]: [("dmc-swingup", "finetuned", "frozen", 0.0)],
+    CLAIMS[2]: [
+        ("dmc-swingup", "frozen bottom", "finetuned", 0.05),
+        ("dmc-swingup", "frozen bottom", "frozen", 0.0),
+    ],
+    CLAIMS[3]: [
+        ("dmc-swingup", "frozen bottom + PiSCO", other, 0.0)
+        for other in ("from scratch", "frozen", "finetuned", "frozen bottom")
+    ],
+}
 MAXIMUM = {"ppo_pisco.py": 1, "drqv2_pisco.py": 1000}  # predictions are judged by shares of the highest score
 EQUAL = {"ppo_pisco.py": 0.1, "drqv2_pisco.py": 0.05}  # a gain whose interval lies within it is no difference
 VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.3"}
@@ -864,6 +876,7 @@ def main(argv=None):
         draw_forest(*judged)
         insert_table("verdicts", write_verdicts(*judged))
         insert_table("one cell", write_verdicts(*judge_all(ONE_CELL)))
+        insert_table("control", write_verdicts(*judge_all(CONTROL)))
         insert_table("speed", write_speeds())
     return 0
 

@@ -492,7 +492,7 @@ def test_verdict(plot, low, high, margin, expected):
 
 
 def test_claims_and_gains_name_methods_of_their_suites(plot):
-    claims = (plot.PREDICTIONS, plot.ONE_CELL)
+    claims = (plot.PREDICTIONS, plot.ONE_CELL, plot.CONTROL)
     pairs = [prediction[:3] for found in claims for predictions in found.values() for prediction in predictions]
     pairs += [(suite, *pair) for suite in plot.TWO_SIDED for pair in plot.TWO_SIDED[suite]]
     pairs += [(suite, *pair) for suite in plot.CONTRASTS for four in plot.CONTRASTS[suite].values() for pair in four]
@@ -567,6 +567,7 @@ def test_pages_have_a_place_for_every_table_of_verdicts_and_gains(monkeypatch):
     names += [f"{suite} gains" for suite in plot.TWO_SIDED if suite in judged]
     names += [suite for suite in judged if suite.endswith(("-baselines", "-cells"))]
     names += ["noise"] * ("jump-noise" in judged) + ["freezing"] * ("jump-impala" in judged)
+    names += ["control"] * ("dmc-sparse" in judged or "dmc-swingup" in judged)
     assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in names)
 
 
@@ -709,7 +710,7 @@ def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
 
 
 def test_what_is_predicted_has_a_number_of_seeds(plot):
-    claims = [*plot.PREDICTIONS.values(), *plot.ONE_CELL.values()]
+    claims = [*plot.PREDICTIONS.values(), *plot.ONE_CELL.values(), *plot.CONTROL.values()]
     for suite in {prediction[0] for predictions in claims for prediction in predictions}:
         assert plot.SUITES[suite]["n"] >= plot.FEW or plot.SUITES[suite]["cells"]
         assert (ROOT / "benchmark" / "results" / suite / "PROTOCOL.md").exists()
