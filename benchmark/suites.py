@@ -131,6 +131,17 @@ OWN_RATE |= {
     "frozen bottom + SimSiam": "1e-3",
     "frozen bottom + CURL": "3e-3",
     "frozen bottom + consistency": "3e-3",
+    "impala, from scratch": "3e-4",
+    "impala, 0 frozen": "1e-3",
+    "impala, 4 frozen": "1e-3",
+    "impala, 7 frozen": "3e-3",
+    "impala, 10 frozen": "3e-3",
+    "impala, 0 frozen + PiSCO": "1e-3",
+    "impala, 4 frozen + PiSCO": "1e-3",
+    "impala, 7 frozen + PiSCO": "1e-3",
+    "impala, 10 frozen + PiSCO": "3e-3",
+    "nature, finetuned": "1e-3",
+    "nature, frozen bottom": "1e-3",
 }
 
 # Pairs of source and target tasks. Two frozen layers have a stride of 8 pixels: only where target tasks are source
@@ -223,6 +234,18 @@ CELL_SEEDS = {name: 201 if f" encoder {ENCODER_SEEDS[0]}, " in name else 204 for
 FIVE_IN_CELLS = {name: flags for name, flags in CELLS.items() if name.split(", ", 1)[1] in FIVE}
 
 
+# The large encoder and, beside it, nature: a split, two encoders each
+IMPALA_CELLS = {
+    f"lattice 8 floors encoder {seed}, {name}": f"{flags} {OWN_TASKS}"
+    for seed in ENCODER_SEEDS
+    for sources, methods in (("jump-impala-sources", IMPALA), ("jump-sources", NATURE))
+    for name, flags in with_encoder(
+        with_own_rates(methods, "target"), encoder_of(sources, "lattice 8 floors", seed)
+    ).items()
+}
+IMPALA_SEEDS = {name: 301 if f" encoder {ENCODER_SEEDS[0]}, " in name else 304 for name in IMPALA_CELLS}
+
+
 SUITES = {
     # Which learning rate is every method's own? On the validation tasks.
     "jump-rates": over_rates(BASELINES),
@@ -274,6 +297,8 @@ SUITES = {
         length=f"--total-timesteps 51200 --eval-interval 10240 {OWN_TASKS}",
         n=2,
     ),
+    # Does freezing matter more for a large encoder?
+    "jump-impala": {"program": "", "n": 3, "first_seed": IMPALA_SEEDS, "methods": IMPALA_CELLS},
     # Is finetuning needed even where the features hold the whole state?
     "jump-state-rates": over_rates(STATE_BASELINES, tasks=STATE_VALIDATION),
     "jump-state-baselines": on_target(STATE_BASELINES),
