@@ -215,35 +215,31 @@ def on_target(methods):
     return {"program": "", "n": 10, "methods": with_own_rates(methods, "target")}
 
 
-def in_cells(methods):
-    """{"SPLIT encoder SEED, METHOD": flags} of the methods with their own learning rates on every split's target tasks,
-    with each of the encoders of jump-sources."""
+def in_cells(methods_of, splits=SPLITS):
+    """{"SPLIT encoder SEED, METHOD": flags} of methods with their own learning rates on every split's target tasks,
+    with each of the encoders of the suite that they begin with; methods_of {suite: methods}."""
     return {
         f"{split} encoder {seed}, {name}": f"{flags} {OWN_TASKS}"
-        for split, (_, target) in SPLITS.items()
+        for split in splits
         for seed in ENCODER_SEEDS
+        for sources, methods in methods_of.items()
         for name, flags in with_encoder(
-            with_own_rates(methods, target), encoder_of("jump-sources", split, seed)
+            with_own_rates(methods, SPLITS[split][1]), encoder_of(sources, split, seed)
         ).items()
     }
 
 
-CELLS = in_cells({name: flags for name, flags in METHODS.items() if name != "frozen, linear head"})
+def first_seeds(cells, first):
+    """{name: first seed} of cells with three seeds each, other ones with the second encoder."""
+    return {name: first if f" encoder {ENCODER_SEEDS[0]}, " in name else first + 3 for name in cells}
+
+
+CELLS = in_cells({"jump-sources": {name: flags for name, flags in METHODS.items() if name != "frozen, linear head"}})
 FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
-CELL_SEEDS = {name: 201 if f" encoder {ENCODER_SEEDS[0]}, " in name else 204 for name in CELLS}
+CELL_SEEDS = first_seeds(CELLS, 201)
 FIVE_IN_CELLS = {name: flags for name, flags in CELLS.items() if name.split(", ", 1)[1] in FIVE}
-
-
-# The large encoder and, beside it, nature: a split, two encoders each
-IMPALA_CELLS = {
-    f"lattice 8 floors encoder {seed}, {name}": f"{flags} {OWN_TASKS}"
-    for seed in ENCODER_SEEDS
-    for sources, methods in (("jump-impala-sources", IMPALA), ("jump-sources", NATURE))
-    for name, flags in with_encoder(
-        with_own_rates(methods, "target"), encoder_of(sources, "lattice 8 floors", seed)
-    ).items()
-}
-IMPALA_SEEDS = {name: 301 if f" encoder {ENCODER_SEEDS[0]}, " in name else 304 for name in IMPALA_CELLS}
+# The large encoder and, beside it, nature
+IMPALA_CELLS = in_cells({"jump-impala-sources": IMPALA, "jump-sources": NATURE}, ["lattice 8 floors"])
 
 
 SUITES = {
@@ -298,7 +294,7 @@ SUITES = {
         n=2,
     ),
     # Does freezing matter more for a large encoder?
-    "jump-impala": {"program": "", "n": 3, "first_seed": IMPALA_SEEDS, "methods": IMPALA_CELLS},
+    "jump-impala": {"program": "", "n": 3, "first_seed": first_seeds(IMPALA_CELLS, 301), "methods": IMPALA_CELLS},
     # Is finetuning needed even where the features hold the whole state?
     "jump-state-rates": over_rates(STATE_BASELINES, tasks=STATE_VALIDATION),
     "jump-state-baselines": on_target(STATE_BASELINES),
