@@ -73,14 +73,12 @@ DIGESTS = {
     "jump-grid": "bb6e3afc65f0",
     "dmc-small": "8c9840080f0e",
     "dmc-small-two-cores": "989ae020ddce",
-    "dmc-transfer-repeat-8": "839509d6325b",
     "jump-sources": "92d4a8f2e429",
     "jump-impala-sources": "d291e28a5fa2",
     "jump-impala-rates": "14348e4f9582",
     "jump-impala": "f8e10e49ca4f",
     "dmc-sparse": "ddf528af3452",
     "dmc-swingup-gate": "95a0b4c43742",
-    "dmc-swingup": "367faabb5859",
     "dmc-official": "c1a3fbdb854f",
     "dmc-source": "caaedd03b9ff",
     "dmc-transfer": "8bd15853512e",
@@ -568,7 +566,7 @@ def test_pages_have_a_place_for_every_table_of_verdicts_and_gains(monkeypatch):
     names += [f"{suite} gains" for suite in plot.TWO_SIDED if suite in judged]
     names += [suite for suite in judged if suite.endswith(("-baselines", "-cells"))]
     names += ["noise"] * ("jump-noise" in judged) + ["freezing"] * ("jump-impala" in judged)
-    names += ["control"] * ("dmc-sparse" in judged or "dmc-swingup" in judged)
+    names += ["control"] * ("dmc-sparse" in judged)
     assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in names)
 
 
