@@ -63,37 +63,40 @@ CLAIMS = (
     "3. bottom layers transfer, top layers must adapt",
     "4. frozen bottom + PiSCO beats the alternatives",
 )
-PREDICTIONS = {
-    CLAIMS[0]: [("jump-cells", "finetuned", "frozen, MLP head", 0.0)],
-    CLAIMS[1]: [
-        ("jump-noise", f"finetuned{score}", f"frozen, MLP head{score}", 0.0) for score in (", fresh head", *UNDER_NOISE)
-    ],
-    CLAIMS[2]: [
-        ("jump-cells", "frozen bottom", "finetuned", 0.1),
-        ("jump-cells", "frozen bottom", "frozen, MLP head", 0.0),
-    ],
-    CLAIMS[3]: [
-        ("jump-cells", "frozen bottom + PiSCO", other, 0.0)
-        for other in ("from scratch", "frozen, MLP head", "finetuned", "finetuned + PiSCO", "frozen bottom")
-        + tuple(f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency"))
-    ],
-}
-ONE_CELL = {  # one encoder, one split: families of their own
-    CLAIMS[0]: [
-        ("jump-baselines", "finetuned", "frozen, MLP head", 0.0),
-        ("jump-state-baselines", "state encoder, finetuned", "state encoder, frozen, MLP head", 0.0),
-    ],
-    CLAIMS[2]: [
-        ("jump-baselines", "frozen bottom", "finetuned", 0.1),
-        ("jump-baselines", "frozen bottom", "frozen, MLP head", 0.0),
-    ],
-    CLAIMS[3]: [
-        ("jump-baselines", "frozen bottom + PiSCO", other, 0.0)
-        for other in ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom")
-    ],
-}
-CONTROL = {  # one encoder again
-    "positive control": [("dmc-sparse", better, "from scratch", 0.0) for better in ("finetuned", "frozen")],
+PREDICTIONS = {  # by the tables of benchmark/README.md
+    "verdicts": {
+        CLAIMS[0]: [("jump-cells", "finetuned", "frozen, MLP head", 0.0)],
+        CLAIMS[1]: [
+            ("jump-noise", f"finetuned{score}", f"frozen, MLP head{score}", 0.0)
+            for score in (", fresh head", *UNDER_NOISE)
+        ],
+        CLAIMS[2]: [
+            ("jump-cells", "frozen bottom", "finetuned", 0.1),
+            ("jump-cells", "frozen bottom", "frozen, MLP head", 0.0),
+        ],
+        CLAIMS[3]: [
+            ("jump-cells", "frozen bottom + PiSCO", other, 0.0)
+            for other in ("from scratch", "frozen, MLP head", "finetuned", "finetuned + PiSCO", "frozen bottom")
+            + tuple(f"frozen bottom + {loss}" for loss in ("SimSiam", "CURL", "consistency"))
+        ],
+    },
+    "one cell": {  # one encoder, one split
+        CLAIMS[0]: [
+            ("jump-baselines", "finetuned", "frozen, MLP head", 0.0),
+            ("jump-state-baselines", "state encoder, finetuned", "state encoder, frozen, MLP head", 0.0),
+        ],
+        CLAIMS[2]: [
+            ("jump-baselines", "frozen bottom", "finetuned", 0.1),
+            ("jump-baselines", "frozen bottom", "frozen, MLP head", 0.0),
+        ],
+        CLAIMS[3]: [
+            ("jump-baselines", "frozen bottom + PiSCO", other, 0.0)
+            for other in ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom")
+        ],
+    },
+    "control": {  # one encoder again
+        "positive control": [("dmc-sparse", better, "from scratch", 0.0) for better in ("finetuned", "frozen")],
+    },
 }
 MAXIMUM = {"ppo_pisco.py": 1, "drqv2_pisco.py": 1000}  # predictions are judged by shares of the highest score
 EQUAL = {"ppo_pisco.py": 0.1, "drqv2_pisco.py": 0.05}  # a gain whose interval lies within it is no difference
@@ -862,11 +865,10 @@ def main(argv=None):
             print(f"{name}\n{table}\n")
     if args.suite == "all":
         draw_tasks()
-        judged = judge_all(PREDICTIONS)
-        draw_forest(*judged)
-        insert_table("verdicts", write_verdicts(*judged))
-        insert_table("one cell", write_verdicts(*judge_all(ONE_CELL)))
-        insert_table("control", write_verdicts(*judge_all(CONTROL)))
+        judged = {name: judge_all(claims) for name, claims in PREDICTIONS.items()}
+        draw_forest(*judged["verdicts"])
+        for name, found in judged.items():
+            insert_table(name, write_verdicts(*found))
         insert_table("speed", write_speeds())
     return 0
 

@@ -491,7 +491,7 @@ def test_verdict(plot, low, high, margin, expected):
 
 
 def test_claims_and_gains_name_methods_of_their_suites(plot):
-    claims = (plot.PREDICTIONS, plot.ONE_CELL, plot.CONTROL)
+    claims = plot.PREDICTIONS.values()
     pairs = [prediction[:3] for found in claims for predictions in found.values() for prediction in predictions]
     pairs += [(suite, *pair) for suite in plot.TWO_SIDED for pair in plot.TWO_SIDED[suite]]
     pairs += [(suite, *pair) for suite in plot.CONTRASTS for four in plot.CONTRASTS[suite].values() for pair in four]
@@ -709,7 +709,7 @@ def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
 
 
 def test_what_is_predicted_has_a_number_of_seeds(plot):
-    claims = [*plot.PREDICTIONS.values(), *plot.ONE_CELL.values(), *plot.CONTROL.values()]
+    claims = [predictions for found in plot.PREDICTIONS.values() for predictions in found.values()]
     for suite in {prediction[0] for predictions in claims for prediction in predictions}:
         assert plot.SUITES[suite]["n"] >= plot.FEW or plot.SUITES[suite]["cells"]
         assert (ROOT / "benchmark" / "results" / suite / "PROTOCOL.md").exists()
