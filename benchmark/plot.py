@@ -604,12 +604,12 @@ def write_freezing(suite, results):
         rows["per minute"].append([np.concatenate(arm) for arm in zip(*per_minute)])
     tests = [welch([large[0], small[1]], [large[1], small[0]]) for large, small in rows.values()]
     levels = holm_levels([pvalue_of(*test) for test in tests])
-    names = ["score", "", "gain of freezing, impala less nature", "impala, 95%", "nature, 95%", "runs"]
+    names = ["score", "", "gain of freezing, impala less nature", "impala", "nature", "runs"]
     table = []
     for (name, gains), level in zip(rows.items(), levels):
         (a, b), (c, d) = gains
         both = difference([a, d], [b, c], 1 - level)
-        each = [with_interval(*difference([x], [y]), 2, "+") for x, y in gains]
+        each = [f"{np.mean(x) - np.mean(y):+.2f}" for x, y in gains]
         word = verdict(*both[1], 0.0, EQUAL[program_of(suite)])
         table.append([name, word, with_interval(*both, 2, "+"), *each, ", ".join(str(len(x)) for x in (a, b, c, d))])
     return markdown(names, table)

@@ -395,10 +395,9 @@ def test_freezings_gain_for_the_large_encoder_by_hand(plot, tmp_path, monkeypatc
     step, minute = (row.split(" | ") for row in plot.write_freezing("large", plot.read_suite("large")).splitlines()[2:])
     # Means over the run: 0.7, 0.25, 0.35 and 0.25. Within 2 minutes half of the first score for frozen runs, 0.25 and
     # 0.1, and nothing for the others, whose first score comes at that moment.
-    assert [cell.split()[0] for cell in step[2:5]] == ["+0.35", "+0.45", "+0.10"] and step[5] == "4, 4, 4, 4 |"
-    assert [cell.split()[0] for cell in minute[2:5]] == ["+0.15", "+0.25", "+0.10"]
+    assert step[2].startswith("+0.35 [") and step[3:] == ["+0.45", "+0.10", "4, 4, 4, 4 |"]
+    assert minute[2].startswith("+0.15 [") and minute[3:5] == ["+0.25", "+0.10"]
     a, b, c, d = (np.array([np.mean(run) for run in runs]) for runs in scores.values())
-    assert step[3] == plot.with_interval(*plot.difference([a], [b]), 2, "+")
     assert (
         step[2] == plot.with_interval(*plot.difference([a, d], [b, c], 1 - 0.05 / 2), 2, "+") and step[1] == "supported"
     )
