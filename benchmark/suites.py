@@ -228,7 +228,7 @@ def in_cells(methods_of, splits=SPLITS):
 
 
 def first_seeds(cells, first):
-    """{name: first seed} of cells with three seeds each, other ones with the second encoder."""
+    """{name: first seed} of cells with up to three seeds each, other ones with the second encoder."""
     return {name: first if f" encoder {ENCODER_SEEDS[0]}, " in name else first + 3 for name in cells}
 
 
@@ -292,7 +292,7 @@ SUITES = {
         n=2,
     ),
     # Does freezing matter more for a large encoder?
-    "jump-impala": {"program": "", "n": 3, "first_seed": first_seeds(IMPALA_CELLS, 301), "methods": IMPALA_CELLS},
+    "jump-impala": {"program": "", "n": 2, "first_seed": first_seeds(IMPALA_CELLS, 301), "methods": IMPALA_CELLS},
     # Is finetuning needed even where the features hold the whole state?
     "jump-state-rates": over_rates(STATE_BASELINES, tasks=STATE_VALIDATION),
     "jump-state-baselines": on_target(STATE_BASELINES),
