@@ -356,7 +356,7 @@ def draw_official(axes, suite, frames):
     marks = np.array([[float(row[key]) for key in ("frames", "mean", "min", "max")] for row in rows]).reshape(-1, 4)
     x, mean, low, high = marks[marks[:, 0] <= frames].T
     label = "official agent, other settings (mean, range)"
-    axes.errorbar(x, mean, [mean - low, high - mean], fmt="s", color="0.5", capsize=4, label=label)
+    axes.errorbar(x, mean, [mean - low, high - mean], fmt="s", color="0.5", capsize=4, clip_on=False, label=label)
 
 
 def draw_curves(suite, results):
