@@ -1,7 +1,7 @@
 """The benchmark's suites. A suite is a program with the flags that all its methods share, and a table: method -> flags.
-Its `n` is the number of seeds that its protocol asks for, and they begin at its `first_seed`, a number or one for every
-method. In a suite over `cells` a method's name is "CELL, METHOD". The encoders of a suite of `encoders` are kept with
-its results: made again on another kind of CPU they are others.
+Its `n` is the number of seeds that its protocol asks for or, where that allows fewer, the number run; they begin at its
+`first_seed`, a number or one for every method. In a suite over `cells` a method's name is "CELL, METHOD". The encoders
+of a suite of `encoders` are kept with its results: made again on another kind of CPU they are others.
 
 What stands beside a method's name is all that sets it apart. Every flag is the program's own: `python ppo_pisco.py
 --help`, `python drqv2_pisco.py --help`.
