@@ -397,6 +397,8 @@ def test_freezings_gain_for_the_large_encoder_by_hand(plot, tmp_path, monkeypatc
     # 0.15, and nothing for the others, whose first score comes at that moment.
     assert step[2].startswith("+0.45 [") and step[3:] == ["+0.65", "+0.20", "4, 4, 4, 4 |"]
     assert minute[2].startswith("+0.10 [") and minute[3:5] == ["+0.25", "+0.15"]
+    a, b, c, d = (np.array(x) for x in ([0.25, 0.25, 0.35, 0.15], [0.0] * 4, [0.1, 0.1, 0.2, 0.2], [0.0] * 4))
+    assert minute[2] == plot.with_interval(*plot.difference([a, d], [b, c]), 2, "+")  # its p is the larger one
     a, b, c, d = (np.array([np.mean(run) for run in runs]) for runs in scores.values())
     assert (
         step[2] == plot.with_interval(*plot.difference([a, d], [b, c], 1 - 0.05 / 2), 2, "+") and step[1] == "supported"
