@@ -999,8 +999,7 @@ def test_evaluation_plays_games_with_lost_lives_to_their_own_end(monkeypatch, ca
     assert [episode["length"] for episode in episodes] == [60, 60] and "cut off" not in capsys.readouterr().out
 
 
-def test_vizdoom_combines_its_buttons(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # VizDoom writes its settings where it runs
+def play_vizdoom():
     envs, told = spied("HealthGathering-v1", 2)
     rng, episodes = np.random.default_rng(0), []
     assert envs.reset().shape == (2, *envs.obs_shape) and envs.num_actions == 6
@@ -1012,6 +1011,16 @@ def test_vizdoom_combines_its_buttons(tmp_path, monkeypatch):
     end = next(t for t, step in enumerate(told) if step[2][0] or step[3][0])
     assert first["length"] == end + 1
     assert first["return"] == pytest.approx(sum(float(step[1][0]) for step in told[: end + 1]))
+    print("played")
+
+
+def test_vizdoom_combines_its_buttons(tmp_path):
+    """In a process of its own: VizDoom writes its settings where it runs, and an engine that dies ends its process,
+    whose last words are then in the report."""
+    line = [sys.executable, "-c", "import test_ppo_pisco_runs; test_ppo_pisco_runs.play_vizdoom()"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "played" in done.stdout, done.stderr
 
 
 def test_envpool_takes_the_seed():
