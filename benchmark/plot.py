@@ -773,7 +773,6 @@ SPEEDS = [  # file of the results, row in it, what it is called
     ("speed", "pong, none, 0 frozen, bf16 / pong, peer", "the same with `--bf16`"),
     ("speed", "jump, none, 2 frozen / jump, pisco, 2 frozen", "PPO, two frozen layers: time of a step with PiSCO over "
      "one without, Jump"),
-    ("speed", "pong, none, 2 frozen / pong, pisco, 2 frozen", "the same on Pong"),
     ("speed", "jump, none, 0 frozen / jump, pisco, 2 frozen", "PPO, time of a step with two frozen layers and PiSCO "
      "over one of finetuning everything without it, Jump"),
     ("speed", "pong, none, 0 frozen / pong, pisco, 2 frozen", "the same on Pong"),
@@ -785,13 +784,10 @@ SPEEDS = [  # file of the results, row in it, what it is called
      "frozen"),
     ("drqv2_speed", "update, none, 0 frozen / update, official agent", "DrQ-v2, batch 256, 84x84: seconds per update "
      "over the official agent's"),
-    ("drqv2_speed", "update, none, 0 frozen / update, none, 0 frozen, bf16", "DrQ-v2, the same update without `--bf16` "
-     "over one with it"),
     ("drqv2_speed", "update, pisco, 2 frozen / update, none, 2 frozen", "DrQ-v2, two frozen layers: an update with "
      "PiSCO over one without"),
     ("drqv2_speed", "cartpole-swingup, fast / cartpole-swingup, standard", "rendering cartpole-swingup: `fast` over "
      "`standard`"),
-    ("drqv2_speed", "walker-walk, fast / walker-walk, standard", "rendering walker-walk: `fast` over `standard`"),
 ]  # fmt: skip
 
 
