@@ -775,7 +775,6 @@ SPEEDS = [  # file of the results, row in it, what it is called
      "one without, Jump"),
     ("speed", "jump, none, 0 frozen / jump, pisco, 2 frozen", "PPO, time of a step with two frozen layers and PiSCO "
      "over one of finetuning everything without it, Jump"),
-    ("speed", "pong, none, 0 frozen / pong, pisco, 2 frozen", "the same on Pong"),
     ("speed", "pong, impala, none, 0 frozen / pong, impala, pisco, 6 frozen", "the same on Pong, impala with six of "
      "ten layers frozen"),
     ("speed", "pong, none, 0 frozen / pong, none, 2 frozen", "PPO without PiSCO, time of a step with two frozen layers "
