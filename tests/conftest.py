@@ -20,6 +20,7 @@ import ppo_pisco  # noqa: E402
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # the programs that tests start: one thread each, as the tests run side by side
+IMPORTING = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # the environment of those that import the tests
 
 # Four iterations of 4 copies x 8 steps, a checkpoint after each. The first collisions are at step 16, in the second.
 TINY = (

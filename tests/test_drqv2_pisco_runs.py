@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, Killed, encoder_file, evaluation, kill_at, metrics
+from conftest import IMPORTING, ROOT, Killed, encoder_file, evaluation, kill_at, metrics
 from drqv2_common import (
     TinyControl,
     TinyResumable,
@@ -635,9 +635,8 @@ def test_finished_run_is_left_as_it_is(finished, tmp_path):
 def test_kill_9_and_resume_in_processes_of_their_own(tmp_path, finished):
     code = "import sys, pytest; from drqv2_common import *; use(pytest.MonkeyPatch()); "
     code += "drqv2_pisco.train(drqv2_pisco.parse_args())"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *command(tmp_path)], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", code, *command(tmp_path)], env=IMPORTING, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("*/checkpoint.pt")) and time.monotonic() < deadline and process.poll() is None:
@@ -647,7 +646,7 @@ def test_kill_9_and_resume_in_processes_of_their_own(tmp_path, finished):
     (folder,) = tmp_path.glob("*")
     assert not (folder / "model.safetensors").exists()
     again = [sys.executable, "-c", code, "--resume", str(folder)]
-    subprocess.run(again, env=environment, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(again, env=IMPORTING, stdout=subprocess.DEVNULL, check=True)
     assert_same_end(folder, finished)
 
 

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import (
+    IMPORTING,
     ROOT,
     SMALL_GRID,
     TINY,
@@ -1018,8 +1019,7 @@ def test_vizdoom_combines_its_buttons(tmp_path):
     """In a process of its own: VizDoom writes its settings where it runs, and an engine that dies ends its process,
     whose last words are then in the report."""
     line = [sys.executable, "-c", "import test_ppo_pisco_runs; test_ppo_pisco_runs.play_vizdoom()"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(line, cwd=tmp_path, env=IMPORTING, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and "played" in done.stdout, done.stderr
 
 
