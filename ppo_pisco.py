@@ -12,6 +12,8 @@
 
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
+That is `--ssl-teacher view --projector mlp`. By default the policy that acts is the teacher: it must do in an augmented
+view what it does in the state itself, which is the policy term of DrAC (Raileanu et al. 2021, arXiv 2006.12862).
 Top to bottom: arguments, environments, networks, encoder weights, losses, rollout and update, evaluation, run folder,
 training. The file needs no other one of this repository but the encoder weights (.safetensors).
 """
@@ -68,12 +70,12 @@ class Args:
     checkpoint_interval: int = 10  # iterations between two checkpoints, beside those before evaluations (0: only those)
     eval_interval: int = 10_240  # environment steps between two evaluations; the last is at the end (0: only that one)
     eval_episodes: int = 10  # episodes per evaluation and policy (greedy, sampled); Jump-v0 plays every task once
-    eval_grid: bool = True  # Jump-v0: evaluations play the grid's 286 tasks beside the run's own
     eval_max_steps: int = 27_000  # of an evaluation episode, where the environment names no limit of its own
 
     # Environment
     env_id: str = "Jump-v0"  # Jump-v0, an EnvPool or a Gymnasium id; observations must be images, actions discrete
     jump_tasks: str = "target"  # Jump-v0: source, target, wide, narrow, random, grid, or a list such as 20:10,30:20
+    jump_eval_tasks: str = "grid"  # Jump-v0: what evaluations play beside the run's own tasks: as above, or none
     jump_reward: float = 1.0  # Jump-v0: bonus for reaching the right edge (the reference task pays 100)
     jump_prior: float = 0.1  # Jump-v0: the untrained policy's probability of jumping (0.5: the usual uniform start)
     reward_scale: float = 0.1  # factor on the training reward; logged returns are unscaled
@@ -87,12 +89,14 @@ class Args:
     head_layers: int = 0  # hidden layers of the policy and the value head, 256 units each (0: linear in z)
 
     # PiSCO and its alternatives
-    ssl: Literal["pisco", "simsiam", "curl", "consistency", "none"] = "pisco"  # loss on two augmented views
-    ssl_coef: float = 0.1  # weight lambda of the self-supervised loss
+    ssl: Literal["pisco", "simsiam", "curl", "none"] = "pisco"  # self-supervised loss: on policies, features, or none
+    ssl_teacher: Literal["state", "view"] = "state"  # a view learns from the state that RL sees, or two from each other
+    ssl_coef: float = 1.0  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it makes of it
     ssl_fraction: float = 0.5  # share of every minibatch on which the self-supervised loss is computed
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
-    projector_dim: int = 256  # hidden width of the projector h (pisco, simsiam)
+    projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
+    projector_dim: int = 256  # hidden width of the projector
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per minibatch
 
     # PPO
@@ -160,21 +164,24 @@ JUMP_TASK_SETS = {
 }
 
 
-def parse_jump_tasks(text):
+def parse_jump_tasks(text, flag="--jump-tasks"):
     """Task list [(obstacle x, floor height), ...] in pixels from a set's name or `20:10,30:20`. Raises SystemExit."""
     if text in JUMP_TASK_SETS:
         return JUMP_TASK_SETS[text]
     if not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
-        raise SystemExit(f"--jump-tasks {text}: give {', '.join(JUMP_TASK_SETS)} or a list such as 20:10,30:20")
+        raise SystemExit(f"{flag} {text}: give {', '.join(JUMP_TASK_SETS)} or a list such as 20:10,30:20")
     tasks = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
     if not all(14 <= obstacle <= 47 and floor <= 40 for obstacle, floor in tasks):
-        raise SystemExit(f"--jump-tasks {text}: obstacles must lie in 14..47 and floors in 0..40")
+        raise SystemExit(f"{flag} {text}: obstacles must lie in 14..47 and floors in 0..40")
     return list(dict.fromkeys(tasks))
 
 
-def evaluation_tasks(args):
-    """Jump's evaluation: the run's own tasks and, with --eval-grid, the whole grid, each task once."""
-    return list(dict.fromkeys(parse_jump_tasks(args.jump_tasks) + JUMP_GRID * args.eval_grid))
+def jump_tasks(args):
+    """Jump's tasks that are trained, and all that an evaluation plays, each once and the trained ones first."""
+    trained, others = parse_jump_tasks(args.jump_tasks), []
+    if args.jump_eval_tasks != "none":
+        others = parse_jump_tasks(args.jump_eval_tasks, "--jump-eval-tasks")
+    return trained, list(dict.fromkeys(trained + others))
 
 
 class JumpVectorEnv(gym.vector.VectorEnv):
@@ -253,8 +260,7 @@ def make_envs(args, num_envs, seeds, evaluation):
     """A vector environment that resets a finished copy on its next step. Raises SystemExit for an unknown id."""
     # Yours, with its own --env-id: return gym.vector.SyncVectorEnv([Mine] * num_envs, autoreset_mode=NEXT_STEP)
     if args.env_id == "Jump-v0":
-        tasks = evaluation_tasks(args) if evaluation else parse_jump_tasks(args.jump_tasks)
-        return JumpVectorEnv(num_envs, tasks, args.jump_reward)
+        return JumpVectorEnv(num_envs, jump_tasks(args)[evaluation], args.jump_reward)
     envpool_ids = []
     if importlib.util.find_spec("envpool"):  # Gymnasium's environments do without it
         import envpool
@@ -442,6 +448,11 @@ def make_mlp(sizes, std):
     return nn.Sequential(*hidden, layer_init(nn.Linear(*sizes[-2:]), std))
 
 
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 class Agent(nn.Module):
     """Encoder f, policy head pi(.|z), value head, and the projector h of the self-supervised loss."""
 
@@ -451,14 +462,17 @@ class Agent(nn.Module):
         self.encoder = encoder
         head = [dim] + [256] * args.head_layers  # sizes from z on
         self.actor, self.critic = make_mlp([*head, num_actions], std=0.01), make_mlp([*head, 1], std=1)
-        self.projector = nn.Identity()  # consistency: PiSCO with h = identity
-        if args.ssl in ("pisco", "simsiam"):
-            self.projector = make_mlp([dim, args.projector_dim, dim], std=1)
-        elif args.ssl == "curl":
+        self.projector = nn.Identity()
+        if args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
             self.key_encoder = Encoder(args, obs_shape).requires_grad_(False)  # follows f, see update
             self.key_encoder.load_state_dict(encoder.state_dict())
             self.key_encoder.frozen = encoder.frozen
+        elif args.ssl != "none" and args.projector != "none":
+            self.projector = make_mlp([dim, args.projector_dim, dim], std=1)
+            if args.projector == "residual":
+                self.projector = Residual(*self.projector)
+                nn.init.zeros_(self.projector[-1].weight)  # begins as the identity
         if args.env_id == "Jump-v0":
             # There is one right moment to jump, so a fair coin hardly ever clears an obstacle far away.
             self.actor[-1].bias.data[1] = math.log(args.jump_prior / (1 - args.jump_prior))
@@ -545,25 +559,20 @@ def categorical_kl(p_logits, q_logits):
     return (p.exp() * (p - q)).sum(-1)
 
 
-def pisco_loss(z1_logits, z2_logits, p1_logits, p2_logits):
-    """PiSCO (Arnold and Sha 2023): 1/2 mean KL(sg pi(.|z1) || pi(.|p2)) + 1/2 mean KL(sg pi(.|z2) || pi(.|p1)).
+def pisco_loss(teacher_logits, student_logits):
+    """PiSCO in one direction (Arnold and Sha 2023): mean KL(sg pi(.|z1) || pi(.|p2)), logits (B, A) each -> ().
 
-    Takes the policy's logits (B, A) at the features z and at the projections p = h(z) of both views. The gradient flows
-    through the p side alone.
+    z1 are the teacher's features, p2 = h(z2) the student's projected ones. The gradient flows through the latter alone.
     """
-    one_two = categorical_kl(z1_logits.detach(), p2_logits).mean()
-    two_one = categorical_kl(z2_logits.detach(), p1_logits).mean()
-    return 0.5 * (one_two + two_one)
+    return categorical_kl(teacher_logits.detach(), student_logits).mean()
 
 
-def simsiam_loss(z1, z2, p1, p2):
-    """Symmetrised negative cosine similarity of sg z and p (Chen and He 2021, eq. 2); features (B, D)."""
-    one_two = F.cosine_similarity(z1.detach(), p2, dim=-1).mean()
-    two_one = F.cosine_similarity(z2.detach(), p1, dim=-1).mean()
-    return -0.5 * (one_two + two_one)
+def simsiam_loss(z, p):
+    """Negative cosine similarity of the teacher's features sg z and the student's p, (B, D) each (Chen and He 2021)."""
+    return -F.cosine_similarity(z.detach(), p, dim=-1).mean()
 
 
-def info_nce_loss(queries, keys):
+def info_nce_loss(keys, queries):
     """InfoNCE (van den Oord et al. 2018): query i (B, D) has to pick key i out of all keys (B, D), by dot product."""
     return F.cross_entropy(queries @ keys.T, torch.arange(len(keys), device=keys.device))
 
@@ -608,24 +617,32 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
     return loss, stats | {"old_approx_kl": (-logratio).mean(), "approx_kl": approx_kl, "clipfrac": clipfrac}
 
 
-def ssl_loss(agent, hidden, z1, z2, kind):
-    """The self-supervised loss `kind` on two views with features z1, z2 (B, D), and the share of states whose views get
-    the same greedy action. `hidden` (2B, ...) is the views' frozen_prefix."""
-    p1, p2 = agent.projector(torch.cat([z1, z2])).chunk(2)
-    z1_logits, z2_logits = agent.actor(torch.cat([z1, z2]).detach()).chunk(2)
-    if kind in ("pisco", "consistency"):
-        p1_logits, p2_logits = agent.actor(torch.cat([p1, p2])).chunk(2)
-        loss = pisco_loss(z1_logits, z2_logits, p1_logits, p2_logits)
-    elif kind == "simsiam":
-        loss = simsiam_loss(z1, z2, p1, p2)
-    elif kind == "curl":  # symmetrised like the others
+def ssl_loss(agent, z_teacher, z_student, hidden_teacher, args):
+    """The self-supervised loss of students with features z_student (n, D) that learn from teachers with z_teacher.
+
+    With two views both are the views' features, view one's first, and each view learns from the other: the mean of both
+    directions. `hidden_teacher` (n, ...) is the teachers' frozen_prefix.
+    """
+    p = agent.projector(z_student)
+    if args.ssl == "pisco":
+        loss, teacher, student = pisco_loss, agent.actor(z_teacher.detach()), agent.actor(p)
+    elif args.ssl == "simsiam":
+        loss, teacher, student = simsiam_loss, z_teacher, p
+    elif args.ssl == "curl":
         with torch.no_grad():
-            k1, k2 = agent.key_encoder.trained_suffix(hidden).chunk(2)
-        loss = 0.5 * (info_nce_loss(p1, k2) + info_nce_loss(p2, k1))
-    return loss, (z1_logits.argmax(-1) == z2_logits.argmax(-1)).float().mean()
+            loss, teacher, student = info_nce_loss, agent.key_encoder.trained_suffix(hidden_teacher), p
+    directions = 2 if args.ssl_teacher == "view" else 1
+    pairs = zip(teacher.chunk(directions), student.chunk(directions)[::-1])
+    return sum(loss(*pair) for pair in pairs) / directions
 
 
 # --- Rollout and update ----------------------------------------------------------------------------------------------
+def sample(probs, generator=None):
+    """Actions (B,) int64 drawn from probabilities (B, A): the draws of torch.multinomial, without its two waits for a
+    GPU, as the largest of p / Exp(1) is i with probability p_i."""
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
 @torch.no_grad()
 def collect_rollout(agent, envs, next_obs, args):
     """T steps of N copies from observations next_obs (N, C, H, W) uint8. Returns the rollout, the observations that
@@ -636,13 +653,13 @@ def collect_rollout(agent, envs, next_obs, args):
         z = agent.encoder.trained_suffix(hidden)
         logits, value = agent.actor(z), agent.critic(z).squeeze(-1)
         log_probs = F.log_softmax(logits, dim=-1)
-        action = torch.multinomial(log_probs.exp(), 1)  # (N, 1) int64
+        action = sample(log_probs.exp())
         was_done = envs.was_done
-        obs, rewards, terminated, truncated = envs.step(action.squeeze(1).cpu().numpy())
+        obs, rewards, terminated, truncated = envs.step(action.cpu().numpy())
         step = {
             "obs": next_obs.movedim(1, -1),  # (N, H, W, C) uint8
-            "actions": action.squeeze(1),  # (N,) int64
-            "logprobs": log_probs.gather(1, action).squeeze(1),  # (N,) float32
+            "actions": action,  # (N,) int64
+            "logprobs": log_probs.gather(1, action[:, None]).squeeze(1),  # (N,) float32
             "values": value,  # (N,) float32
             "rewards": torch.from_numpy(rewards) * args.reward_scale,  # (N,) float32, on the CPU like the next three
             "terminated": torch.tensor(terminated),  # (N,) bool, a copy: the environment may use its array again
@@ -659,22 +676,45 @@ def collect_rollout(agent, envs, next_obs, args):
 
 
 def minibatch_loss(agent, obs, hidden, actions, logprobs, advantages, returns, values, args):
-    """L = L_RL + lambda L_ssl on one minibatch -> loss and statistics. obs (B, C, H, W) uint8; hidden (B, ...), their
-    frozen_prefix, or None where nothing is frozen; all else (B,). With hidden and without views obs may be None."""
+    """L = L_RL + lambda L_ssl on one minibatch -> loss, statistics, and the encoder's frozen_prefix and z of all rows.
+
+    obs (B, C, H, W) uint8; hidden (B, ...), their frozen_prefix, or None where nothing is frozen; all else (B,). With
+    hidden and without views obs may be None.
+    """
     b = math.ceil(args.ssl_fraction * len(actions)) if args.ssl != "none" else 0  # rows of the self-supervised loss
-    views = [augment(obs[:b], args) for _ in range(2)] if b else []
+    views = [augment(obs[:b], args) for _ in range(1 if args.ssl_teacher == "state" else 2)] if b else []
     if hidden is None:
         hidden = agent.encoder.frozen_prefix(torch.cat([obs, *views]) if b else obs)
     elif b:
-        hidden = torch.cat([hidden, agent.encoder.frozen_prefix(torch.cat(views))])  # (B + 2b, ...)
-    z, z1, z2 = agent.encoder.trained_suffix(hidden).split([len(actions), b, b])
+        hidden = torch.cat([hidden, agent.encoder.frozen_prefix(torch.cat(views))])
+    features = agent.encoder.trained_suffix(hidden)  # the states' B rows, then b for every view
+    z, z_views = features[: len(actions)], features[len(actions) :]
     logits, newvalue = agent.actor(z), agent.critic(z).squeeze(-1)
     loss, stats = ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, args)
     stats["dead_features"] = (z == 0).all(dim=0).float().mean()
     if b:
-        stats[args.ssl], stats["view_agreement"] = ssl_loss(agent, hidden[len(actions) :], z1, z2, args.ssl)
+        teachers = slice(b) if args.ssl_teacher == "state" else slice(len(actions), None)
+        stats[args.ssl] = ssl_loss(agent, features[teachers], z_views, hidden[teachers], args)
         loss = loss + args.ssl_coef * stats[args.ssl]
-    return loss, {name: value.detach() for name, value in stats.items()}
+    return loss, {name: value.detach() for name, value in stats.items()}, (hidden, features)
+
+
+def ssl_grad_share(encoder, hidden, features, count):
+    """Norm of lambda L_ssl's gradient over the norm of L_RL's, on the encoder's trained parameters, after the backward
+    pass of both: the last rows of the features are views, `count` of all, and take the gradient of L_ssl alone."""
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    ssl_grads = torch.autograd.grad(encoder.trained_suffix(hidden[-count:]), trained, features.grad[-count:])
+    rl_grads = [p.grad - grad for p, grad in zip(trained, ssl_grads)]
+    return nn.utils.get_total_norm(ssl_grads) / nn.utils.get_total_norm(rl_grads)
+
+
+@torch.no_grad()
+def view_agreement(agent, obs, args):
+    """Share of the states obs (B, C, H, W) uint8 whose augmented view gets the greedy action of the state itself."""
+    with torch.random.fork_rng([obs.device] if obs.is_cuda else []):  # the training's random numbers stay as they are
+        views = augment(obs, args)
+    actions, view_actions = agent(torch.cat([obs, views]))[0].argmax(-1).chunk(2)
+    return (actions == view_actions).float().mean()
 
 
 def update(agent, optimizer, rollout, next_value, args):
@@ -691,7 +731,7 @@ def update(agent, optimizer, rollout, next_value, args):
     b_actions, b_logprobs, b_values = rollout.actions.flatten(), rollout.logprobs.flatten(), rollout.values.flatten()
     b_advantages, b_returns = advantages.flatten().to(device), returns.flatten().to(device)  # (T * N,) each
     valid_inds = rollout.valid.flatten().nonzero().squeeze(1)
-    history = []
+    history, once = [], {}  # statistics of every minibatch, and those that one minibatch of an iteration is enough for
     for _ in range(args.update_epochs):
         # Every minibatch has the same size: a few rows, drawn at random, come twice in place of the rows left out.
         order = valid_inds[torch.randperm(len(valid_inds))]
@@ -700,12 +740,18 @@ def update(agent, optimizer, rollout, next_value, args):
             # (B, C, H, W) and (B, C', H', W') or (B, D), whole images copied at once
             mb_obs = None if b_obs is None else b_obs.index_select(0, mb_inds).movedim(-1, 1)
             mb_hidden = None if b_hidden is None else b_hidden.index_select(0, mb_inds).movedim(-1, 1)
-            loss, stats = loss_function(
+            measured = not history and args.ssl != "none" and agent.encoder.frozen < len(agent.encoder.layers)
+            loss, stats, (hidden, features) = (minibatch_loss if measured else loss_function)(
                 agent, mb_obs, mb_hidden, b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
                 b_returns[mb_inds], b_values[mb_inds], args,
             )  # fmt: skip
             optimizer.zero_grad()
+            if measured:
+                features.retain_grad()
             loss.backward()
+            if measured:
+                count = len(features) - len(mb_inds)
+                once["ssl_grad_share"] = ssl_grad_share(agent.encoder, hidden, features, count)
             stats["grad_norm_trained"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             if args.ssl == "curl":
@@ -715,9 +761,11 @@ def update(agent, optimizer, rollout, next_value, args):
             history.append(stats)
         if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
             break
+    states = rollout.obs.flatten(0, 1)[mb_inds[:64]].movedim(-1, 1)
+    once["view_agreement"] = view_agreement(agent, states, args)
     # The only wait for the device: one transfer of all statistics.
-    means = torch.stack([torch.stack(list(stats.values())) for stats in history]).mean(dim=0).tolist()
-    means = dict(zip(history[0], means))
+    means = torch.stack([torch.stack(list(stats.values())) for stats in history]).mean(dim=0)
+    means = dict(zip([*history[0], *once], torch.cat([means, torch.stack(list(once.values()))]).tolist()))
     if not all(math.isfinite(mean) for mean in means.values()):
         raise SystemExit("the loss is not finite; try a smaller --learning-rate or --ssl-coef")
     y_pred, y_true = rollout.values.cpu().flatten()[valid_inds], returns.flatten()[valid_inds]
@@ -740,7 +788,7 @@ def play_episodes(agent, envs, args, device, greedy, frames=None):
             frames.append(obs[0, :, ::thin, ::thin].copy())
         playing = [i for i, episode in enumerate(episodes) if episode is None]  # the policy need not see the others
         logits, _ = agent(torch.as_tensor(obs[playing], device=device))
-        action = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        action = logits.argmax(-1) if greedy else sample(logits.softmax(-1), generator)
         actions = np.zeros(envs.num_envs, dtype=np.int64)
         actions[playing] = action.cpu().numpy()
         obs, *_ = envs.step(actions)
@@ -756,8 +804,7 @@ def play_episodes(agent, envs, args, device, greedy, frames=None):
 def evaluate(agent, args, device, global_step, folder):
     """Plays greedy and sampled episodes, writes evaluation.json and pictures, and returns the averages by name."""
     is_jump = args.env_id == "Jump-v0"
-    trained = parse_jump_tasks(args.jump_tasks) if is_jump else []
-    tasks = evaluation_tasks(args) if is_jump else []  # the trained tasks come first
+    trained, tasks = jump_tasks(args) if is_jump else ([], [])
     results, metrics, frames = {"global_step": global_step, "env_id": args.env_id}, {}, []
     for policy in ("greedy", "sampled"):
         envs, greedy = ImageEnvs(args, len(tasks) or args.eval_episodes, evaluation=True), policy == "greedy"
@@ -766,16 +813,23 @@ def evaluate(agent, args, device, global_step, folder):
         results[policy] = {key: [e[key] for e in episodes[: len(trained) or None]] for key in ("return", "length")}
         metrics[f"eval/{policy}_return"] = float(np.mean(results[policy]["return"]))
         if is_jump:
-            solved = {f"{x}:{y}": episode["success"] == 1.0 for (x, y), episode in zip(tasks, episodes)}
-            results[policy] |= {"trained_tasks": [f"{x}:{y}" for x, y in trained], "solved": solved}
-            metrics[f"eval/{policy}_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in trained]))
-            if args.eval_grid:
-                metrics[f"eval/{policy}_grid_success"] = float(np.mean([solved[f"{x}:{y}"] for x, y in JUMP_GRID]))
+            solved = [episode["success"] == 1.0 for episode in episodes]
+            metrics[f"eval/{policy}_success"] = float(np.mean(solved[: len(trained)]))
+            if len(tasks) > len(trained):
+                metrics[f"eval/{policy}_unseen_success"] = float(np.mean(solved[len(trained) :]))
+            results[policy]["trained_tasks"] = [f"{x}:{y}" for x, y in trained]
+            results[policy]["solved"] = {f"{x}:{y}": task_solved for (x, y), task_solved in zip(tasks, solved)}
     write_atomically(folder / "evaluation.json", json.dumps(results | {"metrics": metrics}, indent=1).encode())
-    if is_jump:  # which tasks the greedy policy solves: obstacle to the right, floor up; white: solved, grey: not
-        solved, columns, rows = results["greedy"]["solved"], *(sorted(set(axis)) for axis in zip(*tasks))
-        shades = [[{True: 255, False: 90, None: 0}[solved.get(f"{x}:{y}")] for x in columns] for y in reversed(rows)]
-        Image.fromarray(np.array(shades, np.uint8).repeat(16, 0).repeat(16, 1)).save(folder / "solved.png")
+    if (
+        is_jump
+    ):  # obstacle to the right, floor up; white: solved by the greedy policy, grey: not; in orange frames: trained
+        columns, rows = (sorted(set(axis)) for axis in zip(*tasks))
+        image = np.zeros((len(rows), 16, len(columns), 16, 3), np.uint8)
+        for x, y in tasks:
+            cell = image[-1 - rows.index(y), :, columns.index(x)]  # (16, 16, 3), a view
+            cell[:] = (255, 140, 0) if (x, y) in trained else 0
+            cell[2:-2, 2:-2] = 255 if results["greedy"]["solved"][f"{x}:{y}"] else 90
+        Image.fromarray(image.reshape(len(rows) * 16, -1, 3)).save(folder / "solved.png")
     if frames:
         write_gif(folder / f"evaluation_{global_step}.gif", [frame[:, ::-1] if is_jump else frame for frame in frames])
     return metrics

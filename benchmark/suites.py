@@ -172,6 +172,29 @@ IMPALA = {"impala, from scratch": f"ppo_pisco.py --encoder impala {SCRATCH} --ss
 NATURE = {f"nature, {name}": BASELINES[name] for name in ("finetuned", "frozen bottom")}
 
 
+# The loss with the acting policy as its teacher: settings are chosen on floors that no result is about
+LIFTED = join([(x, 36) for x in (20, 28, 36, 44)] + [(x, 28) for x in (24, 32, 40)])  # `target`, moved up
+LIFTED_GRID = join((x, y) for x in range(20, 46) for y in range(27, 38))
+DEPTHS = {"frozen bottom": JUMP_FROZEN, "finetuned": "--freeze-layers 0", "from scratch": SCRATCH}
+
+
+def with_loss(loss, projector="none", coef="1", fraction="0.5", rate="1e-3"):
+    """Flags of a loss whose teacher is the state, all named."""
+    flags = f"--projector {projector} --ssl-coef {coef} --ssl-fraction {fraction} --learning-rate {rate}"
+    return f"--ssl {loss} --ssl-teacher state {flags}"
+
+
+SETTINGS = {f"{p}, weight {c}": with_loss("pisco", p, c) for p, c in (
+    ("none", "1"), ("residual", "1"), ("none", "3"), ("residual", "3"), ("none", "0.3"), ("mlp", "1"),
+)} | {"none, weight 1, whole minibatch": with_loss("pisco", fraction="1")}  # fmt: skip
+RATES_OF_TWO = {f"no loss, rate {r}": f"--ssl none --learning-rate {r}" for r in ("3e-4", "1e-3", "3e-3")} | {
+    f"none, weight 1, rate {r}": with_loss("pisco", rate=r) for r in ("3e-4", "3e-3")
+}
+OTHER_LOSSES = {f"{kind}, weight {c}": with_loss(kind, "mlp", c) for kind in ("simsiam", "curl") for c in (
+    "0.1", "0.3", "1", "3",
+)}  # fmt: skip
+
+
 METHODS = BASELINES | FURTHER_LOSSES
 # PiSCO's gain at two priors of jumping, with the rate of the older suites and with the methods' own
 JUMP_PRIOR = {
@@ -248,6 +271,26 @@ SUITES = {
     "jump-loss-rates": over_rates(FURTHER_LOSSES),
     # Does PiSCO's gain depend on the prior of jumping, or on the learning rate?
     "jump-prior": {"program": "", "n": 20, "first_seed": 101, "methods": JUMP_PRIOR},
+    # Which projector, weight, share of the minibatch and learning rate, where the acting policy is the teacher?
+    "jump-settings": {
+        "program": f"ppo_pisco.py --jump-tasks {LIFTED} --jump-eval-tasks {LIFTED_GRID} --eval-interval 20480",
+        "score": "eval/greedy_unseen_success",
+        "methods": {
+            f"{depth}, {name}": f"{freezing} {loss}"
+            for settings in (SETTINGS, RATES_OF_TWO, OTHER_LOSSES)
+            for name, loss in settings.items()
+            for depth, freezing in DEPTHS.items()
+            if depth != "from scratch"
+            or name
+            in (
+                "none, weight 1",
+                "residual, weight 1",
+                "none, weight 3",
+                "none, weight 1, whole minibatch",
+                *RATES_OF_TWO,
+            )
+        },
+    },
     # The encoders of jump-cells, two seeds, and those of jump-impala.
     "jump-sources": {
         "program": JUMP_SOURCE,
