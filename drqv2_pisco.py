@@ -12,6 +12,7 @@
 
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
+That is `--ssl-teacher view --projector mlp`. By default the view that RL is trained on is the teacher of the other one.
 DrQ-v2 is the agent of D. Yarats et al., "Mastering Visual Continuous Control", arXiv 2107.09645. The file reads top to
 bottom: arguments, environment, networks, encoder weights, losses, replay, acting and update, evaluation, run folder,
 training. It needs no other file of this repository but the encoder weights (.safetensors).
@@ -34,6 +35,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -85,13 +87,15 @@ class Args:
     freeze_random: bool = False  # allow freezing layers of an encoder with random weights
 
     # PiSCO and its alternatives
-    ssl: Literal["pisco", "simsiam", "curl", "consistency", "none"] = "pisco"  # loss on two augmented views
-    ssl_coef: float = 0.1  # weight lambda of the self-supervised loss
+    ssl: Literal["pisco", "simsiam", "curl", "none"] = "pisco"  # self-supervised loss: on policies, features, or none
+    ssl_teacher: Literal["state", "view"] = "state"  # a view learns from the state that RL sees, or two from each other
+    ssl_coef: float = 0.1  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it makes of it
     ssl_fraction: float = 0.2  # share of every batch on which the self-supervised loss is computed
     pisco_std: float | Literal["schedule"] = 1.0  # sigma of the policies compared (`schedule`: the exploration's)
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
-    projector_dim: int = 256  # hidden width of the projector h (pisco, simsiam)
+    projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
+    projector_dim: int = 256  # hidden width of the projector
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per update
 
     # DrQ-v2
@@ -151,8 +155,7 @@ class DMCPixels(gym.Env):
     Observations (3, H, W) uint8, a single image: stacking is the caller's. Actions (A,) float32 in -1..1, scaled to
     the task's bounds and repeated `action_repeat` times, with their rewards summed. `terminated` is a true end of the
     task (discount 0) or of a simulation that diverges, which ends with a black image and the rewards so far;
-    `truncated` is the time limit.
-    """
+    `truncated` is the time limit."""
 
     def __init__(self, env_id, image_size=84, action_repeat=2, quality="standard"):
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -240,8 +243,7 @@ def layer_init(layer):
 class Encoder(nn.Module):
     """f: images (B, C, H, W) uint8 -> feature maps (B, 32, H', W') float32; the layers are numbered from the bottom.
 
-    The first `frozen` layers take no gradient and build no graph.
-    """
+    The first `frozen` layers take no gradient and build no graph."""
 
     def __init__(self, args, obs_shape):
         super().__init__()
@@ -286,8 +288,7 @@ class Encoder(nn.Module):
 class MapLinear(nn.Linear):
     """nn.Linear on the flattened feature maps (B, C, H, W), without their copy.
 
-    Flattening channels-last maps means to reorder them, forwards and backwards; reordering the weights is cheaper.
-    """
+    Flattening channels-last maps means to reorder them, forwards and backwards; reordering the weights is cheaper."""
 
     def __init__(self, map_shape, out_features):
         super().__init__(math.prod(map_shape), out_features)
@@ -353,23 +354,24 @@ class Agent(nn.Module):
         self.critic = Critic(map_shape, num_actions, args)
         self.critic_target = Critic(map_shape, num_actions, args).requires_grad_(False)
         self.critic_target.load_state_dict(self.critic.state_dict())
-        self.projector = nn.Identity()  # consistency: PiSCO with h = identity
-        if args.ssl in ("pisco", "simsiam"):
-            self.projector = make_mlp([dim, args.projector_dim, dim])
-        elif args.ssl == "curl":
+        self.projector = nn.Identity()
+        if args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
             # The key encoder follows f and the actor's trunk, see update.
             self.key_encoder = nn.Sequential(Encoder(args, obs_shape), make_trunk(map_shape, dim)).requires_grad_(False)
             self.key_encoder[0].load_state_dict(encoder.state_dict())
             self.key_encoder[1].load_state_dict(self.actor.trunk.state_dict())
+        elif args.ssl != "none" and args.projector != "none":
+            self.projector = make_mlp([dim, args.projector_dim, dim])
+            if args.projector == "residual":
+                nn.init.zeros_(self.projector[-1].weight)  # with ssl_loss's sum it begins as the identity
 
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
     """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
 
-    Raises SystemExit where the file is missing, damaged, or of another encoder.
-    """
+    Raises SystemExit where the file is missing, damaged, or of another encoder."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
@@ -412,8 +414,7 @@ def make_encoder(args, obs_shape, resuming):
 def random_shift(images, pixels):
     """Shifts each image by its own random whole number of pixels, -pixels..pixels in both axes, replicating the border.
 
-    images (B, C, H, W), any dtype -> the same, a view with channels last. The shift of DrQ (Kostrikov et al. 2021).
-    """
+    images (B, C, H, W), any dtype -> the same, a view with channels last. The shift of DrQ (Kostrikov et al. 2021)."""
     b, c, h, w = images.shape
     rows, cols = h + 2 * pixels + 1, w + 2 * pixels  # with replicated borders; below a row more, for windows to end in
     dy, dx = torch.randint(2 * pixels + 1, (2, b), device=images.device)  # (B,) int64 each: 0 is the largest shift back
@@ -443,8 +444,7 @@ def stddev_schedule(step, start, end, duration):
 def truncated_normal(mu, noise, clip=None):
     """Actions (B, A) in -1..1 at means mu and noise ~ N(0, sigma^2), clipped to -clip..clip if clip is given.
 
-    The gradient reaches mu as if nothing had been cut off at the bounds (straight-through).
-    """
+    The gradient reaches mu as if nothing had been cut off at the bounds (straight-through)."""
     actions = mu + (noise if clip is None else noise.clamp(-clip, clip))
     inside = actions.detach().clamp(-1 + 1e-6, 1 - 1e-6)
     return inside + (actions - actions.detach())
@@ -453,8 +453,7 @@ def truncated_normal(mu, noise, clip=None):
 def sample_nstep(rewards, terminated, gamma):
     """n-step return (B,) of rewards (B, n), and the discount (B,) of the value that is bootstrapped after it.
 
-    terminated (B, n) bool: a true terminal ends the sum and leaves nothing to bootstrap; a time limit does not count.
-    """
+    terminated (B, n) bool: a true terminal ends the sum and leaves nothing to bootstrap, a time limit does not."""
     total, discount = np.zeros_like(rewards[:, 0]), np.ones_like(rewards[:, 0])
     for reward, end in zip(rewards.T, terminated.T):
         total += discount * reward
@@ -462,55 +461,43 @@ def sample_nstep(rewards, terminated, gamma):
     return total, discount
 
 
-def critic_loss(q1, q2, target_q):
-    """Both critics' mean squared errors, summed; all (B, 1)."""
-    return F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
-
-
 def gaussian_kl(p_mu, q_mu, std):
     """KL(p || q) of normals with the same standard deviation in every dimension: means (B, A) -> (B,)."""
     return ((p_mu - q_mu) / std).square().sum(-1) / 2
 
 
-def pisco_loss(z1_mu, z2_mu, p1_mu, p2_mu, std):
-    """PiSCO (Arnold and Sha 2023): 1/2 mean KL(sg pi(.|z1) || pi(.|p2)) + 1/2 mean KL(sg pi(.|z2) || pi(.|p1)).
-
-    Takes the policy's means (B, A) at the features z and at the projections p = h(z) of both views. The gradient flows
-    through the p side alone.
-    """
-    one_two = gaussian_kl(z1_mu.detach(), p2_mu, std).mean()
-    two_one = gaussian_kl(z2_mu.detach(), p1_mu, std).mean()
-    return 0.5 * (one_two + two_one)
+def pisco_loss(teacher_mu, student_mu, std):
+    """PiSCO in one direction (Arnold and Sha 2023): mean KL(sg pi(.|z1) || pi(.|p2)), means (B, A) at the teacher's
+    features z1 and the student's projected ones p2 = h(z2). The gradient flows through the latter alone."""
+    return gaussian_kl(teacher_mu.detach(), student_mu, std).mean()
 
 
-def simsiam_loss(z1, z2, p1, p2):
-    """Symmetrised negative cosine similarity of sg z and p (Chen and He 2021, eq. 2); features (B, D)."""
-    one_two = F.cosine_similarity(z1.detach(), p2, dim=-1).mean()
-    two_one = F.cosine_similarity(z2.detach(), p1, dim=-1).mean()
-    return -0.5 * (one_two + two_one)
+def simsiam_loss(z, p):
+    """Negative cosine similarity of the teacher's features sg z and the student's p, (B, D) each (Chen and He 2021)."""
+    return -F.cosine_similarity(z.detach(), p, dim=-1).mean()
 
 
-def info_nce_loss(queries, keys):
+def info_nce_loss(keys, queries):
     """InfoNCE (van den Oord et al. 2018): query i (B, D) has to pick key i out of all keys (B, D), by dot product."""
     return F.cross_entropy(queries @ keys.T, torch.arange(len(keys), device=keys.device))
 
 
-def ssl_loss(agent, views, z1, z2, kind, std):
-    """The self-supervised loss `kind` on two views (2B, C, H, W) uint8 with features z1, z2 (B, D) of the actor's
-    trunk, and how far the views' actions lie apart on average."""
-    p1, p2 = agent.projector(torch.cat([z1, z2])).chunk(2)
-    with torch.no_grad():
-        z1_mu, z2_mu = agent.actor.mean(torch.cat([z1, z2])).chunk(2)
-    if kind in ("pisco", "consistency"):
-        p1_mu, p2_mu = agent.actor.mean(torch.cat([p1, p2])).chunk(2)
-        loss = pisco_loss(z1_mu, z2_mu, p1_mu, p2_mu, std)
-    elif kind == "simsiam":
-        loss = simsiam_loss(z1, z2, p1, p2)
-    elif kind == "curl":  # symmetrised like the others
+def ssl_loss(agent, z_teacher, z_student, teachers, std, args):
+    """The loss of students with features z_student (n, D) that learn from teachers with z_teacher, the features of the
+    images `teachers`. With two views both are both views, one after the other, and each learns from the other."""
+    p = agent.projector(z_student)
+    if args.projector == "residual" and args.ssl != "curl":
+        p = z_student + p
+    if args.ssl == "pisco":
+        loss, teacher, student = partial(pisco_loss, std=std), agent.actor.mean(z_teacher.detach()), agent.actor.mean(p)
+    elif args.ssl == "simsiam":
+        loss, teacher, student = simsiam_loss, z_teacher, p
+    elif args.ssl == "curl":
         with torch.no_grad():
-            k1, k2 = agent.key_encoder(views).chunk(2)
-        loss = 0.5 * (info_nce_loss(p1, k2) + info_nce_loss(p2, k1))
-    return loss, (z1_mu - z2_mu).abs().mean()
+            loss, teacher, student = info_nce_loss, agent.key_encoder(teachers), p
+    directions = 2 if args.ssl_teacher == "view" else 1
+    pairs = zip(teacher.chunk(directions), student.chunk(directions)[::-1])
+    return sum(loss(*pair) for pair in pairs) / directions
 
 
 # --- Replay ----------------------------------------------------------------------------------------------------------
@@ -520,8 +507,7 @@ class Replay:
     A row holds an image and what led to it: action, reward and true end; in an episode's first row these say nothing.
     Rows are counted from the run's beginning; row i lies at i % rows. Only finished episodes are sampled, and whole
     ones. A resumed run gives up what the killed one has overwritten since its checkpoint, so that it ends bitwise the
-    same only as long as the ring is not full.
-    """
+    same only as long as the ring is not full."""
 
     def __init__(self, path, rows, frame_shape, num_actions, seed):
         columns = [("index", "i8"), ("frame", "u1", frame_shape), ("action", "f4", (num_actions,))]
@@ -556,8 +542,7 @@ class Replay:
     def sample_rows(self, batch_size, nstep):
         """Rows (B,) int64 of the first observations of `batch_size` samples and of their episodes' first images.
 
-        An episode at random, then one of its steps at random, but none so late that the sample would cross its end.
-        """
+        An episode at random, then one of its steps at random, but none so late that the sample would cross its end."""
         first, steps = np.array(self.episodes)[self.generator.integers(len(self.episodes), size=batch_size)].T
         return first + self.generator.integers(steps - nstep + 1), first
 
@@ -603,11 +588,10 @@ def act(agent, obs, device, std=0.0):
 
 
 def critic_ssl_loss(agent, views, action, reward, discount, next_obs, std, args):
-    """L = L_critic + lambda L_ssl -> loss, the first views' feature maps without gradient, statistics.
+    """L_critic and lambda L_ssl, the first views' feature maps without gradient, and statistics.
 
     views (B + b, C, H, W) uint8: the first view of the whole batch, then the second view of its first b rows. action
-    (B, A), reward and discount (B, 1), next_obs (B, C, H, W) uint8, std () float32.
-    """
+    (B, A), reward and discount (B, 1), next_obs (B, C, H, W) uint8, std () float32."""
     batch_size, b = len(action), len(views) - len(action)
     with torch.no_grad():
         next_maps = agent.encoder(next_obs)
@@ -617,16 +601,18 @@ def critic_ssl_loss(agent, views, action, reward, discount, next_obs, std, args)
     maps = agent.encoder(views)
     # Both trunks see all rows: slices of the features are cheap, slices of the maps are not.
     q1, q2 = agent.critic.values(agent.critic.trunk(maps)[:batch_size], action)
-    loss = critic_loss(q1, q2, target_q)
+    loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
     stats = {"batch_reward": reward.mean(), "critic_target_q": target_q.mean(), "critic_q1": q1.mean()}
     stats |= {"critic_q2": q2.mean(), "critic_loss": loss}
+    ssl = torch.zeros_like(loss)
     if b:
         z = agent.actor.trunk(maps)
-        both = torch.cat([views[:b], views[batch_size:]]) if args.ssl == "curl" else None
+        views, z = (torch.cat([x[:b], x[batch_size:]]) for x in (views, z))  # (2b, ...): RL's own view, then the other
+        teacher, student = (slice(b), slice(b, None)) if args.ssl_teacher == "state" else (slice(2 * b),) * 2
         pisco_std = std if args.pisco_std == "schedule" else args.pisco_std
-        stats[args.ssl], stats["view_distance"] = ssl_loss(agent, both, z[:b], z[batch_size:], args.ssl, pisco_std)
-        loss = loss + args.ssl_coef * stats[args.ssl]
-    return loss, maps[:batch_size].detach(), {name: value.detach() for name, value in stats.items()}
+        stats[args.ssl] = ssl_loss(agent, z[teacher], z[student], views[teacher], pisco_std, args)
+        ssl = args.ssl_coef * stats[args.ssl]
+    return loss, ssl, maps[:batch_size].detach(), {name: value.detach() for name, value in stats.items()}
 
 
 def actor_loss(agent, maps, std, args):
@@ -636,12 +622,12 @@ def actor_loss(agent, maps, std, args):
     return -torch.min(*agent.critic(maps, action)).mean()
 
 
-def update(agent, critic_optimizer, actor_optimizer, batch, std, args):
+def update(agent, critic_optimizer, actor_optimizer, batch, std, args, once=None):
     """One update from a batch of Replay.sample: critics and encoder, then the actor, then the averages.
 
     The self-supervised loss adds to the gradients of the encoder and of the actor; each is stepped once. Returns the
-    statistics as tensors () on the device: nothing here waits for it.
-    """
+    statistics as tensors () on the device: nothing here waits for it. The dict `once`, where given, takes those for
+    which one update in a while is enough."""
     critic_loss_function = torch.compile(critic_ssl_loss) if args.compile else critic_ssl_loss
     actor_loss_function = torch.compile(actor_loss) if args.compile else actor_loss
     obs, action, reward, discount, next_obs = batch
@@ -650,10 +636,22 @@ def update(agent, critic_optimizer, actor_optimizer, batch, std, args):
     views, next_obs = augment(obs, args), augment(next_obs, args)
     if b:
         views = torch.cat([views, augment(obs[:b], args)])
-    loss, maps, stats = critic_loss_function(agent, views, action, reward, discount, next_obs, std, args)
+    function = critic_loss_function if once is None else critic_ssl_loss  # a compiled graph is freed by its first use
+    loss, ssl, maps, stats = function(agent, views, action, reward, discount, next_obs, std, args)
+    if once is not None:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([]),
+        ):  # on a CPU the training's random numbers are the same without it
+            mu, view_mu = (agent.actor(agent.encoder(x)) for x in (obs[:64], augment(obs[:64], args)))
+            once["view_distance"] = (mu - view_mu).abs().mean()
+        trained = [p for p in agent.encoder.parameters() if p.requires_grad]
+        if b and trained:  # lambda L_ssl's gradient on the encoder over L_critic's
+            norms = [nn.utils.get_total_norm(torch.autograd.grad(x, trained, retain_graph=True)) for x in (ssl, loss)]
+            once["ssl_grad_share"] = norms[0] / (norms[1] + 1e-12)
     critic_optimizer.zero_grad()
     actor_optimizer.zero_grad()
-    loss.backward()
+    (loss + ssl).backward()
     norms = [p.grad.norm() for p in agent.encoder.parameters() if p.grad is not None]
     stats["grad_norm_encoder"] = torch.stack(norms).norm() if norms else torch.zeros_like(std)
     critic_optimizer.step()
@@ -729,12 +727,9 @@ def make_run_folder(args):
     """runs/<env>__<exp>__<seed>__<time> with args.json in it, even where several runs start in one second."""
     name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     folder = Path(args.runs_dir) / name
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # another run of this second
-            folder = folder.with_name(folder.name + "_")
+    while folder.exists():  # another run of this second
+        folder = folder.with_name(folder.name + "_")
+    folder.mkdir(parents=True)
     arguments = {key: value for key, value in asdict(args).items() if key != "resume"}
     write_atomically(folder / "args.json", json.dumps(arguments, indent=2).encode())
     return folder
@@ -779,10 +774,9 @@ def set_up(args):
     torch.set_flush_denormal(True)
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
-    # Keep freed memory: else glibc maps every large activation anew, which costs an update a third more. The options
-    # are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD; without glibc there is none to set.
+    # Keep freed memory: else glibc maps every large activation anew, which costs an update a third more.
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
@@ -858,6 +852,7 @@ def train(args):
         frame, _ = env.reset()
         replay.add(frame)
         obs, episode_return, done, history = np.concatenate([frame] * args.frame_stack), 0.0, False, []
+        once = {}
         while not done and step < total_steps:
             std = stddev_schedule(step, args.stddev_start, args.stddev_end, args.stddev_steps)
             if step < args.explore_steps:
@@ -866,7 +861,8 @@ def train(args):
                 action = act(agent, obs, device, std)
             if step >= seed_steps and step % args.update_every == 0 and replay.episodes:
                 batch = replay.sample(args, device)
-                history.append(update(agent, critic_optimizer, actor_optimizer, batch, std, args))
+                measured = once if step % (100 * args.update_every) == 0 else None
+                history.append(update(agent, critic_optimizer, actor_optimizer, batch, std, args, measured))
             frame, reward, terminated, truncated, _ = env.step(action)
             replay.add(frame, action, reward, terminated)
             obs = np.concatenate([obs[channels:], frame], dtype=np.uint8, casting="no")
@@ -881,7 +877,8 @@ def train(args):
             row["charts/episodic_return"], row["charts/episodic_length"] = episode_return, step - first_step
             row["charts/replay_steps"] = sum(steps for _, steps in replay.episodes)
             bar.set_postfix({"return": f"{episode_return:.1f}"}, refresh=False)
-        row |= {f"losses/{name}": mean for name, mean in mean_statistics(history).items()}
+        numbers = mean_statistics(history) | {name: value.item() for name, value in once.items()}
+        row |= {f"losses/{name}": number for name, number in numbers.items()}
         rows.append(row)
         intervals = args.eval_interval, args.checkpoint_interval
         evaluation_due, checkpoint_due = (bool(k) and after // k > before // k for k in intervals)

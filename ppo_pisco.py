@@ -12,8 +12,8 @@
 
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
-That is `--ssl-teacher view --projector mlp`. By default the policy that acts is the teacher: it must do in an augmented
-view what it does in the state itself, which is the policy term of DrAC (Raileanu et al. 2021, arXiv 2006.12862).
+That is `--ssl-teacher view --projector mlp`. By default the policy that acts teaches an augmented view what it does in
+the state itself, which is the policy term of DrAC (Raileanu et al. 2021, arXiv 2006.12862).
 Top to bottom: arguments, environments, networks, encoder weights, losses, rollout and update, evaluation, run folder,
 training. The file needs no other one of this repository but the encoder weights (.safetensors).
 """
@@ -189,8 +189,7 @@ class JumpVectorEnv(gym.vector.VectorEnv):
 
     Observations (N, 1, 60, 60) uint8, row index = height above the screen's bottom; actions 0 right, 1 jump; reward +1
     per pixel moved, -1 on a collision instead, `exit_bonus` on top at the right edge. Each copy draws its task from
-    `tasks` at every reset, or plays the one named by `reset(options={"task_ids": (N,) ints})`, for 56 steps at most.
-    """
+    `tasks` at every reset, or plays the one named by `reset(options={"task_ids": (N,) ints})`, for 56 steps at most."""
 
     metadata = {"autoreset_mode": NEXT_STEP, "render_modes": []}
     SIZE, AGENT_W, AGENT_H, OBSTACLE_W, OBSTACLE_H, JUMP_HEIGHT = 60, 5, 10, 9, 10, 15  # pixels
@@ -448,11 +447,6 @@ def make_mlp(sizes, std):
     return nn.Sequential(*hidden, layer_init(nn.Linear(*sizes[-2:]), std))
 
 
-class Residual(nn.Sequential):
-    def forward(self, x):
-        return x + super().forward(x)
-
-
 class Agent(nn.Module):
     """Encoder f, policy head pi(.|z), value head, and the projector h of the self-supervised loss."""
 
@@ -471,8 +465,7 @@ class Agent(nn.Module):
         elif args.ssl != "none" and args.projector != "none":
             self.projector = make_mlp([dim, args.projector_dim, dim], std=1)
             if args.projector == "residual":
-                self.projector = Residual(*self.projector)
-                nn.init.zeros_(self.projector[-1].weight)  # begins as the identity
+                nn.init.zeros_(self.projector[-1].weight)  # with ssl_loss's sum it begins as the identity
         if args.env_id == "Jump-v0":
             # There is one right moment to jump, so a fair coin hardly ever clears an obstacle far away.
             self.actor[-1].bias.data[1] = math.log(args.jump_prior / (1 - args.jump_prior))
@@ -486,9 +479,7 @@ class Agent(nn.Module):
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
     """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
-
-    Raises SystemExit where the file is missing, damaged, or of another encoder.
-    """
+    Raises SystemExit where the file is missing, damaged, or of another encoder."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
@@ -530,9 +521,7 @@ def make_encoder(args, obs_shape, resuming):
 # --- Augmentations and losses: pure functions ------------------------------------------------------------------------
 def random_shift(images, pixels):
     """Shifts each image by its own random whole number of pixels, -pixels..pixels in both axes, replicating the border.
-
-    images (B, C, H, W), any dtype -> the same, a view with channels last. The shift of DrQ (Kostrikov et al. 2021).
-    """
+    images (B, C, H, W), any dtype -> the same, a view with channels last. The shift of DrQ (Kostrikov et al. 2021)."""
     b, c, h, w = images.shape
     rows, cols = h + 2 * pixels + 1, w + 2 * pixels  # with replicated borders; below a row more, for windows to end in
     dy, dx = torch.randint(2 * pixels + 1, (2, b), device=images.device)  # (B,) int64 each: 0 is the largest shift back
@@ -560,10 +549,8 @@ def categorical_kl(p_logits, q_logits):
 
 
 def pisco_loss(teacher_logits, student_logits):
-    """PiSCO in one direction (Arnold and Sha 2023): mean KL(sg pi(.|z1) || pi(.|p2)), logits (B, A) each -> ().
-
-    z1 are the teacher's features, p2 = h(z2) the student's projected ones. The gradient flows through the latter alone.
-    """
+    """PiSCO in one direction (Arnold and Sha 2023): mean KL(sg pi(.|z1) || pi(.|p2)), logits (B, A) at the teacher's
+    features z1 and the student's projected ones p2 = h(z2). The gradient flows through the latter alone."""
     return categorical_kl(teacher_logits.detach(), student_logits).mean()
 
 
@@ -579,11 +566,9 @@ def info_nce_loss(keys, queries):
 
 def compute_gae(rewards, values, next_value, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, (T, N) float32.
-
     rewards, values, terminated, truncated (T, N) belong to step t; next_value (N,) is V of the observation after the
     last step. values[t + 1] is V of the observation that step t led to, an episode's last one included: so a truncated
-    episode bootstraps from it and a terminated one does not.
-    """
+    episode bootstraps from it and a terminated one does not."""
     next_values = torch.cat([values[1:], next_value[None]])
     deltas = rewards + gamma * next_values * (~terminated) - values
     discounts = gamma * gae_lambda * (~(terminated | truncated))
@@ -618,12 +603,11 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
 
 
 def ssl_loss(agent, z_teacher, z_student, hidden_teacher, args):
-    """The self-supervised loss of students with features z_student (n, D) that learn from teachers with z_teacher.
-
-    With two views both are the views' features, view one's first, and each view learns from the other: the mean of both
-    directions. `hidden_teacher` (n, ...) is the teachers' frozen_prefix.
-    """
+    """The loss of students with features z_student (n, D) that learn from teachers with z_teacher and frozen_prefix
+    hidden_teacher. With two views both are both views, the first one's rows first, and each learns from the other."""
     p = agent.projector(z_student)
+    if args.projector == "residual" and args.ssl != "curl":
+        p = z_student + p
     if args.ssl == "pisco":
         loss, teacher, student = pisco_loss, agent.actor(z_teacher.detach()), agent.actor(p)
     elif args.ssl == "simsiam":
@@ -677,10 +661,8 @@ def collect_rollout(agent, envs, next_obs, args):
 
 def minibatch_loss(agent, obs, hidden, actions, logprobs, advantages, returns, values, args):
     """L = L_RL + lambda L_ssl on one minibatch -> loss, statistics, and the encoder's frozen_prefix and z of all rows.
-
     obs (B, C, H, W) uint8; hidden (B, ...), their frozen_prefix, or None where nothing is frozen; all else (B,). With
-    hidden and without views obs may be None.
-    """
+    hidden and without views obs may be None."""
     b = math.ceil(args.ssl_fraction * len(actions)) if args.ssl != "none" else 0  # rows of the self-supervised loss
     views = [augment(obs[:b], args) for _ in range(1 if args.ssl_teacher == "state" else 2)] if b else []
     if hidden is None:
@@ -701,20 +683,11 @@ def minibatch_loss(agent, obs, hidden, actions, logprobs, advantages, returns, v
 
 def ssl_grad_share(encoder, hidden, features, count):
     """Norm of lambda L_ssl's gradient over the norm of L_RL's, on the encoder's trained parameters, after the backward
-    pass of both: the last rows of the features are views, `count` of all, and take the gradient of L_ssl alone."""
+    pass of both: the last `count` rows are the views', which take the gradient of L_ssl alone."""
     trained = [p for p in encoder.parameters() if p.requires_grad]
     ssl_grads = torch.autograd.grad(encoder.trained_suffix(hidden[-count:]), trained, features.grad[-count:])
     rl_grads = [p.grad - grad for p, grad in zip(trained, ssl_grads)]
-    return nn.utils.get_total_norm(ssl_grads) / nn.utils.get_total_norm(rl_grads)
-
-
-@torch.no_grad()
-def view_agreement(agent, obs, args):
-    """Share of the states obs (B, C, H, W) uint8 whose augmented view gets the greedy action of the state itself."""
-    with torch.random.fork_rng([obs.device] if obs.is_cuda else []):  # the training's random numbers stay as they are
-        views = augment(obs, args)
-    actions, view_actions = agent(torch.cat([obs, views]))[0].argmax(-1).chunk(2)
-    return (actions == view_actions).float().mean()
+    return nn.utils.get_total_norm(ssl_grads) / (nn.utils.get_total_norm(rl_grads) + 1e-12)
 
 
 def update(agent, optimizer, rollout, next_value, args):
@@ -750,8 +723,7 @@ def update(agent, optimizer, rollout, next_value, args):
                 features.retain_grad()
             loss.backward()
             if measured:
-                count = len(features) - len(mb_inds)
-                once["ssl_grad_share"] = ssl_grad_share(agent.encoder, hidden, features, count)
+                once["ssl_grad_share"] = ssl_grad_share(agent.encoder, hidden, features, len(features) - len(mb_inds))
             stats["grad_norm_trained"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             if args.ssl == "curl":
@@ -761,16 +733,17 @@ def update(agent, optimizer, rollout, next_value, args):
             history.append(stats)
         if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
             break
-    states = rollout.obs.flatten(0, 1)[mb_inds[:64]].movedim(-1, 1)
-    once["view_agreement"] = view_agreement(agent, states, args)
+    with torch.no_grad(), torch.random.fork_rng([]):  # on a CPU the training's random numbers are the same without it
+        states = rollout.obs.flatten(0, 1)[mb_inds[:64]].movedim(-1, 1)
+        action, view_action = (agent(obs)[0].argmax(-1) for obs in (states, augment(states, args)))
+        once["view_agreement"] = (action == view_action).float().mean()
     # The only wait for the device: one transfer of all statistics.
     means = torch.stack([torch.stack(list(stats.values())) for stats in history]).mean(dim=0)
     means = dict(zip([*history[0], *once], torch.cat([means, torch.stack(list(once.values()))]).tolist()))
     if not all(math.isfinite(mean) for mean in means.values()):
         raise SystemExit("the loss is not finite; try a smaller --learning-rate or --ssl-coef")
     y_pred, y_true = rollout.values.cpu().flatten()[valid_inds], returns.flatten()[valid_inds]
-    if (var_y := y_true.var(correction=0)) > 0:
-        means["explained_variance"] = float(1 - (y_true - y_pred).var(correction=0) / var_y)
+    means["explained_variance"] = float(1 - (y_true - y_pred).var(correction=0) / y_true.var(correction=0))
     return means
 
 
@@ -820,16 +793,13 @@ def evaluate(agent, args, device, global_step, folder):
             results[policy]["trained_tasks"] = [f"{x}:{y}" for x, y in trained]
             results[policy]["solved"] = {f"{x}:{y}": task_solved for (x, y), task_solved in zip(tasks, solved)}
     write_atomically(folder / "evaluation.json", json.dumps(results | {"metrics": metrics}, indent=1).encode())
-    if (
-        is_jump
-    ):  # obstacle to the right, floor up; white: solved by the greedy policy, grey: not; in orange frames: trained
-        columns, rows = (sorted(set(axis)) for axis in zip(*tasks))
-        image = np.zeros((len(rows), 16, len(columns), 16, 3), np.uint8)
-        for x, y in tasks:
-            cell = image[-1 - rows.index(y), :, columns.index(x)]  # (16, 16, 3), a view
-            cell[:] = (255, 140, 0) if (x, y) in trained else 0
-            cell[2:-2, 2:-2] = 255 if results["greedy"]["solved"][f"{x}:{y}"] else 90
-        Image.fromarray(image.reshape(len(rows) * 16, -1, 3)).save(folder / "solved.png")
+    if is_jump:  # greedy: obstacle to the right, floor up; white: solved, grey: not; yellow and olive where trained
+        solved, columns, rows = results["greedy"]["solved"], *(sorted(set(axis)) for axis in zip(*tasks))
+        shades = [[{True: 255, False: 90, None: 0}[solved.get(f"{x}:{y}")] for x in columns] for y in reversed(rows)]
+        image = np.array(shades, np.uint8)[..., None].repeat(3, -1)  # (floors, obstacles, 3)
+        for x, y in trained:
+            image[-1 - rows.index(y), columns.index(x), 2] = 0
+        Image.fromarray(image.repeat(16, 0).repeat(16, 1)).save(folder / "solved.png")
     if frames:
         write_gif(folder / f"evaluation_{global_step}.gif", [frame[:, ::-1] if is_jump else frame for frame in frames])
     return metrics
@@ -847,12 +817,9 @@ def make_run_folder(args):
     """runs/<env>__<exp>__<seed>__<time> with args.json in it, even where several runs start in one second."""
     name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     folder = Path(args.runs_dir) / name
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # another run of this second
-            folder = folder.with_name(folder.name + "_")
+    while folder.exists():  # another run of this second
+        folder = folder.with_name(folder.name + "_")
+    folder.mkdir(parents=True)
     arguments = {key: value for key, value in asdict(args).items() if key != "resume"}
     write_atomically(folder / "args.json", json.dumps(arguments, indent=2).encode())
     return folder
@@ -897,10 +864,9 @@ def set_up(args):
     torch.set_flush_denormal(True)
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
-    # Keep freed memory: else glibc maps every large activation anew, which costs an update a third more. The options
-    # are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD; without glibc there is none to set.
+    # Keep freed memory: else glibc maps every large activation anew, which costs an update a third more.
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
