@@ -1,11 +1,14 @@
 """The pure functions of ppo_pisco.py against numbers worked out by hand, and where gradients flow."""
 
+import copy
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ppo_pisco
@@ -23,6 +26,7 @@ from ppo_pisco import (
     ppo_loss,
     random_noise,
     random_shift,
+    sample,
     simsiam_loss,
     ssl_loss,
     update,
@@ -37,25 +41,79 @@ def tensor(*rows):
 
 
 # --- PiSCO -----------------------------------------------------------------------------------------------------------
+def stub(*projections):
+    """An agent whose features are its logits and whose projector returns these rows, for losses by hand."""
+    return SimpleNamespace(actor=nn.Identity(), projector=lambda z: torch.cat(projections))
+
+
+def both_ways(loss, z1, z2, p1, p2):
+    """The loss of two views that teach each other, from their features (or logits) and projections."""
+    views = torch.cat([z1, z2])
+    return ssl_loss(stub(p1, p2), views, views, None, Args(ssl=loss, ssl_teacher="view", projector="mlp"))
+
+
+def one_way(loss, z, p):
+    """The loss of a view that the state teaches."""
+    return ssl_loss(stub(p), z, z * 0, None, Args(ssl=loss, ssl_teacher="state", projector="mlp"))
+
+
 def test_pisco_value():
     # KL(z1 || p2) = 1/2 ln(1/2 / (2/3)) + 1/2 ln(1/2 / (1/3)) = 1/2 ln(9/8)              = 0.0588915
     # KL(z2 || p1) = 3/4 ln(3/4 / (1/5)) + 1/4 ln(1/4 / (4/5)) = 3/4 ln(15/4) + 1/4 ln(5/16) = 0.7005292
-    # loss = (0.0588915 + 0.7005292) / 2 = 0.3797103
-    one = [tensor(row) for row in (HALF, THREE_QUARTERS, FIFTH, TWO_THIRDS)]
-    assert pisco_loss(*one).item() == pytest.approx(0.3797103, abs=1e-6)
+    # Two views: (0.0588915 + 0.7005292) / 2 = 0.3797103; the state alone: KL(z1 || p2)
+    z1, z2, p1, p2 = one = [tensor(row) for row in (HALF, THREE_QUARTERS, FIFTH, TWO_THIRDS)]
+    assert both_ways("pisco", *one).item() == pytest.approx(0.3797103, abs=1e-6)
+    assert pisco_loss(z1, p2).item() == one_way("pisco", z1, p2).item() == pytest.approx(0.0588915, abs=1e-6)
     # Beside a state whose policies all agree, the mean over the batch is half of that.
-    two = [torch.cat([row, tensor(HALF)]) for row in one]
-    assert pisco_loss(*two).item() == pytest.approx(0.1898552, abs=1e-6)
+    z1, z2, p1, p2 = two = [torch.cat([row, tensor(HALF)]) for row in one]
+    assert both_ways("pisco", *two).item() == pytest.approx(0.1898552, abs=1e-6)
+    assert pisco_loss(z1, p2).item() == one_way("pisco", z1, p2).item() == pytest.approx(0.0294458, abs=1e-6)
 
 
 def test_pisco_gradient():
-    # d KL(z || p) / d p_logits = pi(p) - pi(z), here times 1/2 for the two directions:
+    # d KL(z || p) / d p_logits = pi(p) - pi(z), with two views times 1/2 for the two directions:
     # p1: ((1/5, 4/5) - (3/4, 1/4)) / 2 = (-0.275, 0.275); p2: ((2/3, 1/3) - (1/2, 1/2)) / 2 = (1/12, -1/12)
     z1, z2, p1, p2 = tensor(HALF), tensor(THREE_QUARTERS), tensor(FIFTH), tensor(TWO_THIRDS)
-    pisco_loss(z1, z2, p1, p2).backward()
+    both_ways("pisco", z1, z2, p1, p2).backward()
     assert z1.grad is None and z2.grad is None
     torch.testing.assert_close(p1.grad, torch.tensor([[-0.275, 0.275]]))
     torch.testing.assert_close(p2.grad, torch.tensor([[1 / 12, -1 / 12]]))
+    z1, p2 = tensor(HALF), tensor(TWO_THIRDS)
+    one_way("pisco", z1, p2).backward()
+    assert z1.grad is None
+    torch.testing.assert_close(p2.grad, torch.tensor([[1 / 6, -1 / 6]]))
+
+
+@pytest.mark.parametrize("projector", ["mlp", "residual", "none"])
+def test_pisco_is_the_kl_divergence_of_torch(projector):
+    """On the real agent's networks in float64, with both teachers."""
+    agent = tiny_agent("pisco", projector=projector).double()
+    for p in agent.projector.parameters():
+        nn.init.normal_(p)
+    z1, z2 = torch.randn(2, 5, 8, dtype=torch.float64)
+    projected = {"mlp": agent.projector, "residual": lambda z: z + agent.projector(z), "none": lambda z: z}[projector]
+
+    def policy(features):
+        return torch.distributions.Categorical(logits=agent.actor(features))
+
+    one = torch.distributions.kl_divergence(policy(z1), policy(projected(z2))).mean()
+    other = torch.distributions.kl_divergence(policy(z2), policy(projected(z1))).mean()
+    state, view = (Args(ssl_teacher=teacher, projector=projector) for teacher in ("state", "view"))
+    views = torch.cat([z1, z2])
+    torch.testing.assert_close(ssl_loss(agent, z1, z2, None, state), one, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ssl_loss(agent, views, views, None, view), (one + other) / 2, rtol=1e-12, atol=1e-12)
+    assert one > 0.1 and abs(one - other) > 1e-3
+
+
+@pytest.mark.parametrize("ssl", ["pisco", "simsiam"])
+def test_residual_projector_begins_as_the_identity(ssl):
+    z1, z2 = torch.randn(2, 5, 8)
+    agent, plain = tiny_agent(ssl, projector="residual"), tiny_agent(ssl, projector="none")
+    plain.actor.load_state_dict(agent.actor.state_dict())
+    losses = [ssl_loss(a, z1, z2, None, Args(ssl=ssl, projector=h)) for a, h in ((agent, "residual"), (plain, "none"))]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    nn.init.ones_(agent.projector[-1].weight)
+    assert ssl_loss(agent, z1, z2, None, Args(ssl=ssl, projector="residual")) != losses[0]
 
 
 # --- Its alternatives ------------------------------------------------------------------------------------------------
@@ -64,9 +122,10 @@ def test_simsiam_value_and_gradient():
     # d cos(z, p) / dp = z / (|z| |p|) - cos p / |p|^2, each times -1/2:
     # p2: (3, 4)/25 - 0.96 (4, 3)/25 = (-0.0336, 0.0448); p1: (1, 0)/5 - 0.6 (3, 4)/25 = (0.128, -0.096)
     z1, z2, p1, p2 = tensor([3.0, 4.0]), tensor([1.0, 0.0]), tensor([3.0, 4.0]), tensor([4.0, 3.0])
-    loss = simsiam_loss(z1, z2, p1, p2)
+    loss = both_ways("simsiam", z1, z2, p1, p2)
     loss.backward()
     assert loss.item() == pytest.approx(-0.78, abs=1e-6)
+    assert simsiam_loss(z1, p2).item() == one_way("simsiam", z1, p2).item() == pytest.approx(-0.96, abs=1e-6)
     assert z1.grad is None and z2.grad is None
     torch.testing.assert_close(p1.grad, torch.tensor([[-0.064, 0.048]]))
     torch.testing.assert_close(p2.grad, torch.tensor([[0.0168, -0.0224]]))
@@ -76,7 +135,10 @@ def test_info_nce_value():
     # Similarities: query 1 has 1 to its key and 0 to the other, query 2 has 2 to both.
     # loss = (ln(1 + e^-1) + ln 2) / 2 = (0.3132617 + 0.6931472) / 2 = 0.5032044
     queries, keys = tensor([1.0, 0.0], [0.0, 2.0]), tensor([1.0, 1.0], [0.0, 1.0])
-    assert info_nce_loss(queries, keys).item() == pytest.approx(0.5032044, abs=1e-6)
+    assert info_nce_loss(keys, queries).item() == pytest.approx(0.5032044, abs=1e-6)
+    # With the roles swapped, one of (1, 1) has 1 to its own and 2 to the other, two of (0, 1) has 2 and 0:
+    # (ln(1 + e^1) + ln(1 + e^-2)) / 2 = (1.3132617 + 0.1269280) / 2 = 0.7200948
+    assert info_nce_loss(queries, keys).item() == pytest.approx(0.7200948, abs=1e-6)
 
 
 # --- Gradients through an agent --------------------------------------------------------------------------------------
@@ -88,7 +150,7 @@ def tiny_encoder(freeze=0, shape=(1, 60, 60), **kwargs):
 
 def tiny_agent(ssl, freeze=0, **kwargs):
     torch.manual_seed(0)
-    args = Args(ssl=ssl, feature_dim=8, projector_dim=8, **kwargs)
+    args = Args(ssl=ssl, feature_dim=8, projector_dim=8, **({"projector": "mlp"} | kwargs))
     agent = Agent(args, tiny_encoder(freeze, **kwargs), (1, 60, 60), 2)
     nn.init.normal_(agent.actor[-1].weight)  # a policy that differs from view to view
     return agent
@@ -108,15 +170,28 @@ def has_gradient(module):
     return [p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters()]
 
 
-@pytest.mark.parametrize("ssl", ["pisco", "consistency", "simsiam", "curl"])
-def test_gradient_reaches_what_it_must(ssl):
+def learn_from(teacher, agent, hidden, z1, z2, **kwargs):
+    """The loss of two views' features (B, D) and frozen_prefix (2B, ...), or of a view that the first one teaches."""
+    args = Args(**({"ssl_teacher": teacher, "projector": "mlp"} | kwargs))
+    if teacher == "state":
+        return ssl_loss(agent, z1, z2, hidden[: len(z1)], args)
+    views = torch.cat([z1, z2])
+    return ssl_loss(agent, views, views, hidden, args)
+
+
+@pytest.mark.parametrize("teacher", ["state", "view"])
+@pytest.mark.parametrize("ssl", ["pisco", "simsiam", "curl"])
+def test_gradient_reaches_what_it_must(ssl, teacher):
     agent = tiny_agent(ssl, freeze=2)
-    ssl_loss(agent, *two_views(agent), ssl)[0].backward()
+    hidden, z1, z2 = two_views(agent)
+    z1.retain_grad(), z2.retain_grad()
+    learn_from(teacher, agent, hidden, z1, z2, ssl=ssl).backward()
+    assert z2.grad.any() and (z1.grad is None or not z1.grad.any()) == (teacher == "state")
     assert all(has_gradient(agent.encoder.layers[2:]))
     assert all(p.grad is None for p in agent.encoder.layers[:2].parameters())
     assert all(p.grad is None for p in agent.critic.parameters())
     assert all(has_gradient(agent.projector))
-    if ssl in ("pisco", "consistency"):
+    if ssl == "pisco":
         assert all(has_gradient(agent.actor))
     else:  # these compare features: the policy has no part in them
         assert all(p.grad is None for p in agent.actor.parameters())
@@ -127,7 +202,7 @@ def test_gradient_reaches_what_it_must(ssl):
 def test_actor_learns_through_p_alone():
     agent = tiny_agent("pisco")
     hidden, z1, z2 = two_views(agent)
-    ssl_loss(agent, hidden, z1, z2, "pisco")[0].backward()
+    learn_from("view", agent, hidden, z1, z2).backward()
     with torch.no_grad():  # d loss / dW = 1/2 mean [ (pi(p2) - pi(z1))^T p2 + (pi(p1) - pi(z2))^T p1 ]
         p1, p2 = agent.projector(z1), agent.projector(z2)
         pi_z1, pi_z2, pi_p1, pi_p2 = (agent.actor(x).softmax(-1) for x in (z1, z2, p1, p2))
@@ -135,26 +210,28 @@ def test_actor_learns_through_p_alone():
     torch.testing.assert_close(agent.actor[-1].weight.grad, expected)
 
 
-def test_consistency_is_pisco_without_projector():
-    agent = tiny_agent("consistency")
-    z1, z2 = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
-    loss, agreement = ssl_loss(agent, None, z1, z2, "consistency")
-    logits1, logits2 = agent.actor(z1), agent.actor(z2)
-    torch.testing.assert_close(loss, pisco_loss(logits1, logits2, logits1, logits2))
-    assert agreement == (logits1.argmax(-1) == logits2.argmax(-1)).float().mean()
-    loss.backward()  # d loss / dz1 = 1/2 mean (pi(z1) - pi(z2)) W
-    difference = (logits1.softmax(-1) - logits2.softmax(-1)).detach()
-    torch.testing.assert_close(z1.grad, difference @ agent.actor[-1].weight.detach() / 10)
+def test_without_a_projector_the_student_itself_learns():
+    agent = tiny_agent("pisco", projector="none")
+    z, z2 = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    loss = ssl_loss(agent, z, z2, None, Args(projector="none"))
+    logits, logits2 = agent.actor(z), agent.actor(z2)
+    torch.testing.assert_close(loss, pisco_loss(logits, logits2))
+    loss.backward()  # d loss / dz2 = mean (pi(z2) - pi(z)) W
+    difference = (logits2.softmax(-1) - logits.softmax(-1)).detach()
+    torch.testing.assert_close(z2.grad, difference @ agent.actor[-1].weight.detach() / 5)
+    assert z.grad is None
 
 
 def test_curl_pairs_each_projected_query_with_its_key():
     agent = tiny_agent("curl")
     images = random_images(10)
     z1, z2 = agent.encoder(images).chunk(2)
-    loss, _ = ssl_loss(agent, agent.encoder.frozen_prefix(images), z1, z2, "curl")
+    hidden = agent.encoder.frozen_prefix(images)
     k1, k2 = agent.key_encoder(images).chunk(2)
     q1, q2 = z1 @ agent.projector.weight.T, z2 @ agent.projector.weight.T
-    torch.testing.assert_close(loss, (info_nce_loss(q1, k2) + info_nce_loss(q2, k1)) / 2)
+    view, state = (learn_from(teacher, agent, hidden, z1, z2, ssl="curl") for teacher in ("view", "state"))
+    torch.testing.assert_close(view, (info_nce_loss(k2, q1) + info_nce_loss(k1, q2)) / 2)
+    torch.testing.assert_close(state, info_nce_loss(k1, q2))
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -254,7 +331,7 @@ def loss_and_gradients(agent, obs, hidden, args):
     count = len(obs if hidden is None else hidden)
     columns = [torch.randint(0, 2, (count,)), *torch.randn(4, count)]
     agent.zero_grad()
-    loss, _ = minibatch_loss(agent, obs, hidden, *columns, args)
+    loss, *_ = minibatch_loss(agent, obs, hidden, *columns, args)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in agent.named_parameters() if p.grad is not None}
 
@@ -264,9 +341,9 @@ def loss_and_gradients(agent, obs, hidden, args):
 @pytest.mark.parametrize("architecture", ["nature", "impala"])
 def test_loss_from_stored_activations_is_that_of_the_images(architecture, count, bf16):
     obs = random_images(6)
-    for ssl in ("pisco", "curl", "none"):
+    for ssl, teacher in (("pisco", "state"), ("pisco", "view"), ("curl", "state"), ("curl", "view"), ("none", "state")):
         agent = tiny_agent(ssl, count, encoder=architecture, bf16=bf16)
-        args = Args(ssl=ssl, norm_adv=False, ent_coef=0.1)
+        args = Args(ssl=ssl, norm_adv=False, ent_coef=0.1, ssl_teacher=teacher, projector="mlp")
         hidden = agent.encoder.frozen_prefix(obs)
         assert hidden.dtype == (torch.bfloat16 if bf16 and count else torch.float32) and not hidden.requires_grad
         # Without views nobody needs the images.
@@ -281,11 +358,13 @@ def test_loss_from_stored_activations_is_that_of_the_images(architecture, count,
         assert reached == (count != "all")
 
 
+@pytest.mark.parametrize("teacher, views", [("state", 1), ("view", 2)])
 @pytest.mark.parametrize("count, bf16, shape", [(2, False, (6, 6, 64)), (2, True, (6, 6, 64)), ("all", True, (8,))])
-def test_frozen_layers_see_each_observation_once(monkeypatch, count, bf16, shape):
+def test_frozen_layers_see_each_observation_once(monkeypatch, count, bf16, shape, teacher, views):
     """The rollout stores what they made of it, and every epoch starts from there: only the views go through them."""
     agent = tiny_agent("curl", count, bf16=bf16)
-    args = Args(ssl="curl", num_envs=3, num_steps=8, num_minibatches=2, update_epochs=2, jump_tasks="14:5")
+    args = Args(ssl="curl", num_envs=3, num_steps=8, num_minibatches=2, update_epochs=2, jump_tasks="14:5",
+        ssl_teacher=teacher)  # fmt: skip
     envs, passes, minibatches = ImageEnvs(args, 3), [], []
     real_prefix, real_loss = Encoder.frozen_prefix, minibatch_loss
 
@@ -306,7 +385,8 @@ def test_frozen_layers_see_each_observation_once(monkeypatch, count, bf16, shape
     passes.clear()
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad])
     update(agent, optimizer, rollout, next_value, args)
-    assert passes == [(True, 2 * 6)] * 4  # two views of half of the 12 rows; curl's keys start from the same
+    # The views of half of the 12 rows; curl's keys start from the same. Then, for their agreement, all and its views.
+    assert passes == [(True, views * 6)] * 4 + [(True, 12)] * 2
     assert len(minibatches) == 4
     for obs, hidden in minibatches:  # each image with its own
         expected = real_prefix(agent.encoder, obs)
@@ -322,11 +402,12 @@ def test_nothing_is_stored_where_nothing_is_frozen(monkeypatch):
     assert not hasattr(rollout, "hidden")
     monkeypatch.setattr(Encoder, "frozen_prefix", lambda self, obs: rows.append(len(obs)) or real_prefix(self, obs))
     update(agent, torch.optim.Adam(agent.parameters()), rollout, next_value, args)
-    assert rows == [12 + 2 * 6] * 2
+    assert rows == [12 + 6] * 2 + [12] * 2
 
 
+@pytest.mark.parametrize("teacher", ["state", "view"])
 @pytest.mark.parametrize("count", [0, 2])
-def test_curl_keys_from_the_shared_layers_are_those_of_the_images(monkeypatch, count):
+def test_curl_keys_from_the_shared_layers_are_those_of_the_images(monkeypatch, count, teacher):
     agent, views, keys = tiny_agent("curl", count), [], []
     with torch.no_grad():  # the key encoder lags behind in the layers that are trained
         for p in agent.key_encoder.layers[count:].parameters():
@@ -336,20 +417,21 @@ def test_curl_keys_from_the_shared_layers_are_those_of_the_images(monkeypatch, c
         views.append(augment(images, args))
         return views[-1]
 
-    def spy_on_nce(queries, key):
+    def spy_on_nce(key, queries):
         keys.append(key)
-        return info_nce_loss(queries, key)
+        return info_nce_loss(key, queries)
 
     monkeypatch.setattr(ppo_pisco, "augment", spy_on_augment)
     monkeypatch.setattr(ppo_pisco, "info_nce_loss", spy_on_nce)
     obs = random_images(6)
-    loss_and_gradients(agent, obs, agent.encoder.frozen_prefix(obs) if count else None, Args(ssl="curl"))
-    one, two = views
-    assert not torch.equal(one, two)
-    torch.testing.assert_close(keys[1], agent.key_encoder(one))
-    torch.testing.assert_close(keys[0], agent.key_encoder(two))
-    assert not torch.allclose(keys[0], agent.encoder(two))
-    assert not keys[0].requires_grad
+    args = Args(ssl="curl", ssl_teacher=teacher)
+    loss_and_gradients(agent, obs, agent.encoder.frozen_prefix(obs) if count else None, args)
+    images = [obs[:3]] if teacher == "state" else views  # half of the minibatch
+    assert len(views) == (1 if teacher == "state" else 2) and not torch.equal(views[0], views[-1]) == (len(views) == 2)
+    assert len(keys) == len(images)
+    for key, image in zip(keys, images):
+        torch.testing.assert_close(key, agent.key_encoder(image))
+        assert not torch.allclose(key, agent.encoder(image)) and not key.requires_grad
 
 
 # --- GAE -------------------------------------------------------------------------------------------------------------
@@ -419,7 +501,7 @@ def test_minibatch_loss_adds_the_weighted_ssl_loss():
 
     def loss(**changes):
         torch.manual_seed(3)  # the same views
-        return minibatch_loss(agent, obs, None, *columns, Args(**changes))
+        return minibatch_loss(agent, obs, None, *columns, Args(projector="mlp", **changes))[:2]
 
     (with_ssl, stats), (without, plain) = loss(ssl_coef=0.5), loss(ssl="none")
     torch.testing.assert_close(with_ssl, without + 0.5 * stats["pisco"])
@@ -430,18 +512,84 @@ def test_minibatch_loss_adds_the_weighted_ssl_loss():
     assert loss()[1]["dead_features"] == 0.5
 
 
+@pytest.mark.parametrize("teacher", ["state", "view"])
 @pytest.mark.parametrize("ssl, fraction, rows", [("pisco", 0.5, 4), ("curl", 0.3, 3), ("simsiam", 1.0, 7)])
-def test_ssl_loss_sees_its_share_of_the_minibatch(monkeypatch, ssl, fraction, rows):
-    agent, seen = tiny_agent(ssl), []  # 7 rows: half of them is 3.5, rounded up; 0.3 * 7 = 2.1
+def test_ssl_loss_sees_its_share_of_the_minibatch(monkeypatch, ssl, fraction, rows, teacher):
+    """7 rows: half of them is 3.5, rounded up; 0.3 * 7 = 2.1. The state's features are those that RL's loss uses."""
+    agent, seen, obs = tiny_agent(ssl), [], random_images(7)
 
-    def spy(agent, hidden, z1, z2, kind):
-        seen.append((len(hidden), len(z1), len(z2)))
-        torch.testing.assert_close(torch.cat([z1, z2]), agent.encoder.trained_suffix(hidden))
-        return ssl_loss(agent, hidden, z1, z2, kind)
+    def spy(agent, z_teacher, z_student, hidden_teacher, args):
+        seen.append((len(hidden_teacher), len(z_teacher), len(z_student)))
+        torch.testing.assert_close(z_teacher, agent.encoder.trained_suffix(hidden_teacher))
+        is_state = torch.allclose(z_teacher[:rows], agent.encoder(obs[:rows]))
+        assert is_state == (teacher == "state") and not torch.allclose(z_student[:rows], agent.encoder(obs[:rows]))
+        return ssl_loss(agent, z_teacher, z_student, hidden_teacher, args)
 
     monkeypatch.setattr(ppo_pisco, "ssl_loss", spy)
-    loss_and_gradients(agent, random_images(7), None, Args(ssl=ssl, ssl_fraction=fraction))
-    assert seen == [(2 * rows, rows, rows)]
+    loss_and_gradients(agent, obs, None, Args(ssl=ssl, ssl_fraction=fraction, ssl_teacher=teacher, projector="mlp"))
+    assert seen == [(rows, rows, rows) if teacher == "state" else (2 * rows,) * 3]
+
+
+@pytest.mark.parametrize("ssl", ["pisco", "simsiam", "curl"])
+@pytest.mark.parametrize("teacher", ["state", "view"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_gradient_share_is_that_of_two_backward_passes(monkeypatch, ssl, teacher, count):
+    agent = tiny_agent(ssl, count)
+    args = Args(ssl=ssl, ssl_teacher=teacher, projector="mlp", ssl_coef=2.0, num_envs=3, num_steps=8,
+        num_minibatches=2, update_epochs=1, feature_dim=8)  # fmt: skip
+    envs, calls, before = ImageEnvs(args, 3), [], copy.deepcopy(agent)
+    rollout, _, next_value, _ = collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)
+
+    def spy(agent, *columns):
+        calls.append((columns, torch.get_rng_state()))
+        return minibatch_loss(agent, *columns)
+
+    monkeypatch.setattr(ppo_pisco, "minibatch_loss", spy)
+    optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad])
+    share = update(agent, optimizer, rollout, next_value, args)["ssl_grad_share"]
+    (*columns, _), rng = calls[0]  # the iteration's first minibatch
+    trained = [p for p in before.encoder.parameters() if p.requires_grad]
+
+    def gradient(**changes):
+        torch.set_rng_state(rng)  # the same views
+        loss, *_ = minibatch_loss(before, *columns, dataclasses.replace(args, **changes))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+
+    rl, both = gradient(ssl="none"), gradient()
+    assert share == pytest.approx(((both - rl).norm() / rl.norm()).item(), rel=1e-3) and share > 0
+    assert len(trained) == 8 - 2 * count
+
+
+def test_no_gradient_share_where_there_is_none():
+    """Without a loss, and where the whole encoder is frozen; the views' agreement is there all the same."""
+    for ssl, count in (("none", 0), ("pisco", "all")):
+        agent = tiny_agent(ssl, count)
+        args = Args(ssl=ssl, projector="mlp", num_envs=3, num_steps=8, num_minibatches=2, feature_dim=8)
+        envs = ImageEnvs(args, 3)
+        rollout, _, next_value, _ = collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)
+        optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad])
+        means = update(agent, optimizer, rollout, next_value, args)
+        assert "ssl_grad_share" not in means and 0 <= means["view_agreement"] <= 1
+
+
+def test_view_agreement_compares_the_view_with_the_state(monkeypatch):
+    """The greedy action follows a pixel, which the views of four states change."""
+    agent = tiny_agent("none")
+    monkeypatch.setattr(Agent, "forward", lambda self, obs: (F.one_hot(obs[:, 0, 0, 0].long() % 2), None))
+    monkeypatch.setattr(ppo_pisco, "augment", lambda obs, args: obs + (torch.arange(len(obs)) < 4)[:, None, None, None])
+    rollout = marked_rollout()
+    _, means = run_update(monkeypatch, agent, rollout)
+    assert means["view_agreement"] == pytest.approx(2 / 6)  # the last minibatch has six rows
+
+
+def test_sample_draws_what_multinomial_draws():
+    probs = torch.rand(1000, 5).softmax(-1)
+    torch.manual_seed(4)
+    expected = torch.multinomial(probs, 1).squeeze(1)
+    torch.manual_seed(4)
+    assert torch.equal(sample(probs), expected)
+    shares = torch.bincount(sample(torch.tensor([[0.1, 0.2, 0.7]]).expand(20_000, 3))) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), rtol=0, atol=0.02)
 
 
 # --- Augmentations ---------------------------------------------------------------------------------------------------
@@ -517,7 +665,7 @@ def run_update(monkeypatch, agent, rollout, **changes):
         assert torch.equal(mb_returns, returns.flatten()[rows])
         seen.append(rows.tolist())
         number = torch.tensor(float(len(seen)))
-        return agent.actor[-1].weight.sum(), {"approx_kl": number, "policy_loss": number}
+        return agent.actor[-1].weight.sum(), {"approx_kl": number, "policy_loss": number}, (None, None)
 
     monkeypatch.setattr(ppo_pisco, "minibatch_loss", record)
     optimizer = torch.optim.SGD([p for p in agent.parameters() if p.requires_grad], lr=1.0)
