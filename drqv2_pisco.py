@@ -370,7 +370,6 @@ class Agent(nn.Module):
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
     """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
-
     Raises SystemExit where the file is missing, damaged, or of another encoder."""
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -413,7 +412,6 @@ def make_encoder(args, obs_shape, resuming):
 # --- Augmentations and losses: pure functions ------------------------------------------------------------------------
 def random_shift(images, pixels):
     """Shifts each image by its own random whole number of pixels, -pixels..pixels in both axes, replicating the border.
-
     images (B, C, H, W), any dtype -> the same, a view with channels last. The shift of DrQ (Kostrikov et al. 2021)."""
     b, c, h, w = images.shape
     rows, cols = h + 2 * pixels + 1, w + 2 * pixels  # with replicated borders; below a row more, for windows to end in

@@ -356,7 +356,9 @@ class SimSiam(nn.Module):
         """Images (B, C, H, W) uint8 -> loss () on two augmented views, and their projections (2B, dim)."""
         views = (ppo_pisco.augment(obs, self.args) for _ in range(2))
         z1, z2 = (self.projector(self.encoder(view).flatten(1)) for view in views)  # (B, dim) each
-        return ppo_pisco.simsiam_loss(z1, z2, self.predictor(z1), self.predictor(z2)), torch.cat([z1, z2])
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        loss = 0.5 * (ppo_pisco.simsiam_loss(z1, p2) + ppo_pisco.simsiam_loss(z2, p1))
+        return loss, torch.cat([z1, z2])
 
     def loss(self, obs, targets):
         return self(obs)[0]

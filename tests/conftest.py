@@ -25,10 +25,9 @@ IMPORTING = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # the envir
 # Four iterations of 4 copies x 8 steps, a checkpoint after each. The first collisions are at step 16, in the second.
 TINY = (
     "--encoder-weights none --feature-dim 32 --num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 128 "
-    "--jump-tasks 20:5,22:15,30:20 --learning-rate 1e-3 --anneal-lr --update-epochs 2 --checkpoint-interval 1 "
-    "--eval-episodes 1 --torch-threads 1 --no-cuda"
+    "--jump-tasks 20:5,22:15,30:20 --jump-eval-tasks 20:10,45:20 --learning-rate 1e-3 --anneal-lr --update-epochs 2 "
+    "--checkpoint-interval 1 --eval-episodes 1 --torch-threads 1 --no-cuda"
 )
-SMALL_GRID = [(20, 10), (45, 20)]  # instead of the 286 tasks, where a test is not about them
 
 
 class Killed(BaseException):
@@ -166,14 +165,7 @@ def assert_same_end(folder, other):
     assert evaluation(folder) == evaluation(other)
 
 
-@pytest.fixture
-def small_grid(monkeypatch):
-    monkeypatch.setattr(ppo_pisco, "JUMP_GRID", SMALL_GRID)
-
-
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A finished tiny run, evaluated on the small grid. Tests only read it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo_pisco, "JUMP_GRID", SMALL_GRID)
-        return train(tmp_path_factory.mktemp("finished"))
+    """A finished tiny run. Tests only read it."""
+    return train(tmp_path_factory.mktemp("finished"))

@@ -338,7 +338,7 @@ def test_loss_that_is_not_finite(stopped, finished, monkeypatch):
     checkpoint = (stopped / "checkpoint.pt").read_bytes()
     real = drqv2_pisco.pisco_loss
     with monkeypatch.context() as patch:
-        patch.setattr(drqv2_pisco, "pisco_loss", lambda *args: real(*args) * math.inf)
+        patch.setattr(drqv2_pisco, "pisco_loss", lambda *args, **std: real(*args, **std) * math.inf)
         message = error_of(["--resume", str(stopped)])
     assert "not finite" in message and "--learning-rate" in message
     assert (stopped / "checkpoint.pt").read_bytes() == checkpoint

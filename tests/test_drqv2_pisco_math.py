@@ -1,8 +1,10 @@
 """The mathematics of drqv2_pisco.py against numbers worked out by hand."""
 
 import copy
+import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from drqv2_pisco import (
     MapLinear,
     Replay,
     act,
-    critic_loss,
+    critic_ssl_loss,
     gaussian_kl,
     info_nce_loss,
     make_optimizers,
@@ -28,6 +30,7 @@ from drqv2_pisco import (
     pisco_loss,
     sample_nstep,
     simsiam_loss,
+    ssl_loss,
     stddev_schedule,
     truncated_normal,
     update,
@@ -46,29 +49,70 @@ def test_gaussian_kl():
     torch.testing.assert_close(gaussian_kl(p, q, 0.3), torch.distributions.kl_divergence(p_dist, q_dist).sum(-1))
 
 
+def stub(*projections):
+    """An agent whose features are its policy's means and whose projector returns these rows, for losses by hand."""
+    return SimpleNamespace(actor=SimpleNamespace(mean=lambda z: z), projector=lambda z: torch.cat(projections))
+
+
 def test_pisco_loss_and_where_its_gradient_goes():
+    args = Args(ssl_teacher="view", projector="mlp")
     z1, z2, p1, p2 = (torch.tensor([[value]], requires_grad=True) for value in (0.1, 0.2, 0.5, 0.7))
-    loss = pisco_loss(z1, z2, p1, p2, 1.0)
+    views = torch.cat([z1, z2])
+    loss = ssl_loss(stub(p1, p2), views, views, None, 1.0, args)
     # 1/2 (0.1 - 0.7)^2 / 2 + 1/2 (0.2 - 0.5)^2 / 2 = 0.09 + 0.0225
     assert loss.item() == pytest.approx(0.1125)
     loss.backward()
     assert z1.grad is None and z2.grad is None
     # 1/2 (p2 - z1) = 0.3 and 1/2 (p1 - z2) = 0.15
     assert p2.grad.item() == pytest.approx(0.3) and p1.grad.item() == pytest.approx(0.15)
+    # The state alone as the teacher: (0.1 - 0.7)^2 / 2 = 0.18, and p2 - z1 = 0.6
+    p2.grad = None
+    args.ssl_teacher = "state"
+    loss = ssl_loss(stub(p2), z1, z2, None, 1.0, args)
+    assert loss.item() == pisco_loss(z1, p2, 1.0).item() == pytest.approx(0.18)
+    loss.backward()
+    assert z1.grad is None and p2.grad.item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "residual", "none"])
+def test_pisco_is_the_kl_divergence_of_torch(projector):
+    """On the real agent's networks in float64, with both teachers."""
+    args, agent = tiny_agent(projector=projector)
+    agent = agent.double()
+    for p in [*agent.projector.parameters(), *agent.actor.policy.parameters()]:
+        nn.init.normal_(p, std=0.2)
+    z1, z2 = torch.randn(2, 5, args.feature_dim, dtype=torch.float64)
+    projected = {"mlp": agent.projector, "residual": lambda z: z + agent.projector(z), "none": lambda z: z}[projector]
+
+    def policy(features):
+        return torch.distributions.Normal(agent.actor.mean(features), 0.3)
+
+    one = torch.distributions.kl_divergence(policy(z1), policy(projected(z2))).sum(-1).mean()
+    other = torch.distributions.kl_divergence(policy(z2), policy(projected(z1))).sum(-1).mean()
+    args.ssl_teacher = "state"
+    torch.testing.assert_close(ssl_loss(agent, z1, z2, None, 0.3, args), one, rtol=1e-12, atol=1e-12)
+    args.ssl_teacher, views = "view", torch.cat([z1, z2])
+    both = ssl_loss(agent, views, views, None, 0.3, args)
+    torch.testing.assert_close(both, (one + other) / 2, rtol=1e-12, atol=1e-12)
+    assert one > 0.01 and (abs(one - other) > 1e-3) == (projector != "none")
+
+
+def test_residual_projector_begins_as_the_identity():
+    args, agent = tiny_agent(projector="residual")
+    z1, z2 = torch.randn(2, 5, args.feature_dim)
+    loss = ssl_loss(agent, z1, z2, None, 1.0, args)
+    torch.testing.assert_close(loss, pisco_loss(agent.actor.mean(z1), agent.actor.mean(z2), 1.0), rtol=0, atol=0)
+    nn.init.ones_(agent.projector[-1].weight)
+    assert ssl_loss(agent, z1, z2, None, 1.0, args) != loss
 
 
 def test_simsiam_and_info_nce_losses():
     unit = torch.eye(2)
     a, b = unit[:1], torch.tensor([[3.0, 4.0]])
     # cosines of (1, 0) and (3, 4): 3/5; of (0, 1) and (3, 4): 4/5
-    assert simsiam_loss(a, unit[1:], b, b).item() == pytest.approx(-0.7)
+    assert simsiam_loss(a, b).item() == pytest.approx(-0.6) and simsiam_loss(unit[1:], b).item() == pytest.approx(-0.8)
     # each query picks its key with e / (e + 1)
     assert info_nce_loss(unit, unit).item() == pytest.approx(math.log(1 + math.exp(-1)))
-
-
-def test_critic_loss():
-    q1, q2, target = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]])
-    assert critic_loss(q1, q2, target).item() == pytest.approx((0 + 4) / 2 + (1 + 1) / 2)
 
 
 def test_stddev_schedule():
@@ -320,6 +364,7 @@ def tiny_encoder(freeze=0, **flags):
 
 
 def tiny_agent(freeze=0, **flags):
+    flags = {"projector": "mlp"} | flags
     args = Args(feature_dim=8, hidden_dim=16, projector_dim=8, image_size=24, ssl_fraction=1.0, **flags)
     torch.manual_seed(0)
     return args, Agent(args, tiny_encoder(freeze), (9, 24, 24), 2)
@@ -409,20 +454,22 @@ def textbook_update(agent, batch, std, args, views, noise):
     if args.ssl != "none":
         b = len(views[2])
         z1, z2 = trunk(actor.trunk, x[:b]), trunk(actor.trunk, encode(views[2]))
-        p1, p2 = agent.projector(z1), agent.projector(z2)
-        if args.ssl in ("pisco", "consistency"):
+        projected = lambda z: agent.projector(z) + (z if args.projector == "residual" else 0)  # noqa: E731
+        p1, p2 = (agent.projector(z) if args.ssl == "curl" else projected(z) for z in (z1, z2))
+        one_way = args.ssl_teacher == "state"
+        if args.ssl == "pisco":
             normal = lambda z: torch.distributions.Normal(policy(z), args.pisco_std)  # noqa: E731
             sg = lambda z: torch.distributions.Normal(policy(z).detach(), args.pisco_std)  # noqa: E731
             kl = lambda z, p: torch.distributions.kl_divergence(sg(z), normal(p)).sum(1).mean()  # noqa: E731
-            loss = kl(z1, p2) / 2 + kl(z2, p1) / 2
+            loss = kl(z1, p2) if one_way else kl(z1, p2) / 2 + kl(z2, p1) / 2
         elif args.ssl == "simsiam":
             cosine = lambda z, p: F.cosine_similarity(z.detach(), p).mean()  # noqa: E731
-            loss = -cosine(z1, p2) / 2 - cosine(z2, p1) / 2
+            loss = -cosine(z1, p2) if one_way else -cosine(z1, p2) / 2 - cosine(z2, p1) / 2
         else:
             keys, key_trunk = agent.key_encoder
             k1, k2 = (trunk(key_trunk, encode(images, keys.layers)).detach() for images in (obs[:b], views[2]))
             match = lambda p, k: -(p @ k.T).log_softmax(1).diagonal().mean()  # noqa: E731
-            loss = match(p1, k2) / 2 + match(p2, k1) / 2
+            loss = match(p2, k1) if one_way else match(p1, k2) / 2 + match(p2, k1) / 2
         losses[args.ssl] = loss
         total = total + args.ssl_coef * loss
     total.backward()
@@ -443,9 +490,13 @@ def textbook_update(agent, batch, std, args, views, noise):
     return agent, losses
 
 
-@pytest.mark.parametrize("ssl", ["none", "pisco", "consistency", "simsiam", "curl"])
-def test_update_is_that_of_the_textbook(monkeypatch, ssl):
-    args, agent = tiny_agent(ssl=ssl, tau=0.25, curl_tau=0.25, pisco_std=0.5, ssl_coef=0.7)
+@pytest.mark.parametrize("teacher, projector", [("state", "none"), ("state", "residual"), ("view", "mlp")])
+@pytest.mark.parametrize("ssl", ["none", "pisco", "simsiam", "curl"])
+def test_update_is_that_of_the_textbook(monkeypatch, ssl, teacher, projector):
+    own = {"ssl": ssl, "ssl_teacher": teacher, "projector": projector}
+    args, agent = tiny_agent(tau=0.25, curl_tau=0.25, pisco_std=0.5, ssl_coef=0.7, **own)
+    if projector == "residual" and ssl in ("pisco", "simsiam"):
+        nn.init.normal_(agent.projector[-1].weight, std=0.2)
     args.ssl_fraction = 0.5
     for part in (agent.critic_target, getattr(agent, "key_encoder", nn.Identity())):  # away from what they follow
         for p in part.parameters():
@@ -465,6 +516,48 @@ def test_update_is_that_of_the_textbook(monkeypatch, ssl):
     for (name, ours), theirs in zip(agent.named_parameters(), wanted.parameters()):
         # Adam's first step is the gradient's sign times 1e-3: where a gradient is next to zero, rounding decides.
         assert ((ours - theirs).abs() < 2e-5).float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("ssl", ["pisco", "simsiam", "curl", "none"])
+@pytest.mark.parametrize("teacher", ["state", "view"])
+def test_gradient_share_and_view_distance_by_hand(monkeypatch, ssl, teacher):
+    """The share is that of two backward passes; neither number leaves a trace in the training."""
+    args, agent = tiny_agent(ssl=ssl, ssl_teacher=teacher, ssl_coef=3.0)
+    batch, once, before = tiny_batch(), {}, copy.deepcopy(agent)
+    other = copy.deepcopy(agent)
+    torch.manual_seed(3)
+    update(agent, *make_optimizers(agent, 1e-3), batch, 0.4, args, once)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    update(other, *make_optimizers(other, 1e-3), batch, 0.4, args)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(one, two) for one, two in zip(agent.state_dict().values(), other.state_dict().values()))
+
+    torch.manual_seed(3)  # the same views and noise
+    obs, action, reward, discount, next_obs = batch
+    views, next_obs = (drqv2_pisco.augment(images, args) for images in (obs, next_obs))
+    if ssl != "none":
+        views = torch.cat([views, drqv2_pisco.augment(obs, args)])
+    rng = torch.get_rng_state()
+
+    def gradient(views, changed):
+        torch.set_rng_state(rng)
+        columns = (action, reward, discount, next_obs, torch.tensor(0.4), changed)
+        loss, ssl_loss, *_ = critic_ssl_loss(before, views, *columns)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss + ssl_loss, list(before.encoder.parameters()))])
+
+    if ssl == "none":
+        assert set(once) == {"view_distance"}
+    else:
+        rl, both = gradient(views[:6], dataclasses.replace(args, ssl="none")), gradient(views, args)
+        assert once["ssl_grad_share"].item() == pytest.approx(((both - rl).norm() / rl.norm()).item(), rel=1e-3)
+        assert once["ssl_grad_share"] > 0
+    with torch.no_grad():
+        torch.set_rng_state(rng)
+        torch.randn(6, 2)  # the target's action
+        mu, view_mu = (before.actor(before.encoder(x)) for x in (obs, drqv2_pisco.augment(obs, args)))
+    distances = [once["view_distance"].item(), (mu - view_mu).abs().mean().item()]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4) and distances[0] > 0
 
 
 def gradients(monkeypatch, losses=None, **flags):
@@ -550,7 +643,12 @@ def test_curl_key_encoder_follows(tau):
 
 def test_actor_loss_leaves_the_critics_and_the_encoder_alone(monkeypatch):
     """Where the critics have no loss, nothing reaches them and the encoder: the actor's loss is its own affair."""
-    monkeypatch.setattr(drqv2_pisco, "critic_loss", lambda q1, q2, target: 0.0 * (q1 + q2).sum())
+
+    def without(*args):
+        loss, *rest = critic_ssl_loss(*args)
+        return 0.0 * loss, *rest
+
+    monkeypatch.setattr(drqv2_pisco, "critic_ssl_loss", without)
     found, stats = gradients(monkeypatch, ssl="none")
     assert math.isfinite(stats["actor_loss"])
     for name, gradient in found.items():

@@ -35,7 +35,7 @@ class Mine(gym.Env):
         self.t += 1
         return self.observation_space.sample(), 1.0, False, self.t == 10, {}
 '''
-PPO = "--num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 32 --jump-tasks 20:10"
+PPO = "--num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 32 --jump-tasks 20:10 --jump-eval-tasks 45:20"
 DRQV2 = (
     "--env-id cartpole-balance --image-size 24 --render-quality fast --hidden-dim 16 --batch-size 8 --total-frames 60 "
     "--seed-frames 20 --explore-steps 5 --eval-episodes 1 --eval-max-steps 20"
@@ -58,9 +58,7 @@ def train_edited(file, edits, flags, tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    if hasattr(module, "JUMP_GRID"):
-        monkeypatch.setattr(module, "JUMP_GRID", [(20, 10), (45, 20)])
-    else:  # short episodes, so that there is something to sample
+    if hasattr(module, "DMCPixels"):  # short episodes, so that there is something to sample
         real = module.DMCPixels.__init__
 
         def short(self, *args, **kwargs):
@@ -89,30 +87,31 @@ def test_new_encoder_takes_three_places(tmp_path, monkeypatch):
     assert weights["layers.0.0.weight"].shape == (8, 1, 9, 9) and rows[0]["losses/pisco"]
 
 
-LOSS = """def l2_loss(z1, z2, p1, p2):
-    return (z1.detach() - p2).square().mean() + (z2.detach() - p1).square().mean()
+LOSS = """def l2_loss(z, p):
+    return (z.detach() - p).square().mean()
 
 
 """
-BRANCH = """    elif kind == "l2":
-        loss = l2_loss(z1, z2, p1, p2)
+BRANCH = """    elif args.ssl == "l2":
+        loss, teacher, student = l2_loss, z_teacher, p
 """
 
 
 @pytest.mark.parametrize("file", ["ppo_pisco.py", "drqv2_pisco.py"])
-def test_new_loss_takes_four_places(tmp_path, monkeypatch, file):
+def test_new_loss_takes_three_places(tmp_path, monkeypatch, file):
+    """And has both teachers and all projectors."""
     edits = [
         ('ssl: Literal["pisco", "simsiam",', 'ssl: Literal["pisco", "l2", "simsiam",'),
-        ('if args.ssl in ("pisco", "simsiam"):', 'if args.ssl in ("pisco", "l2", "simsiam"):'),
         ("def info_nce_loss(", f"{LOSS}def info_nce_loss("),
-        ('    elif kind == "simsiam":', f'{BRANCH}    elif kind == "simsiam":'),
+        ('    elif args.ssl == "simsiam":', f'{BRANCH}    elif args.ssl == "simsiam":'),
     ]
-    _, _, rows = train_edited(file, edits, "--ssl l2 --encoder-weights none", tmp_path, monkeypatch)
-    assert float(rows[-1]["losses/l2"]) > 0
+    for own in ("--projector mlp", "--ssl-teacher view --projector residual"):
+        _, _, rows = train_edited(file, edits, f"--ssl l2 --encoder-weights none {own}", tmp_path, monkeypatch)
+        assert float(rows[-1]["losses/l2"]) > 0
 
 
 def test_own_environment_with_ppo_takes_one_place(tmp_path, monkeypatch):
-    start = '    if args.env_id == "Jump-v0":\n        tasks ='
+    start = '    if args.env_id == "Jump-v0":\n        return'
     own = (
         '    if args.env_id == "Mine":\n        from own_environment import Mine\n\n'
         "        return gym.vector.SyncVectorEnv([Mine] * num_envs, autoreset_mode=NEXT_STEP)\n"
@@ -154,8 +153,8 @@ def test_direction_of_the_kl_takes_one_place(tmp_path, monkeypatch):
     edits = [("return (p.exp() * (p - q)).sum(-1)", "return (q.exp() * (q - p)).sum(-1)")]
     module, _, _ = train_edited("ppo_pisco.py", edits, "--encoder-weights none", tmp_path, monkeypatch)
     a, b = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])
-    torch.testing.assert_close(module.pisco_loss(a, a, b, b), ppo_pisco.categorical_kl(b, a).mean())
-    assert not torch.allclose(module.pisco_loss(a, a, b, b), ppo_pisco.pisco_loss(a, a, b, b))
+    torch.testing.assert_close(module.pisco_loss(a, b), ppo_pisco.categorical_kl(b, a).mean())
+    assert not torch.allclose(module.pisco_loss(a, b), ppo_pisco.pisco_loss(a, b))
 
 
 @pytest.mark.parametrize(

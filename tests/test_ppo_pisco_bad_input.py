@@ -13,8 +13,6 @@ from conftest import Bomb, command, encoder_file, kill_at, program, snapshot, tr
 import ppo_pisco
 from ppo_pisco import Args, Encoder, load_encoder, save_encoder
 
-pytestmark = pytest.mark.usefixtures("small_grid")
-
 
 def error_of(argv):
     """The one line with which a command line is refused, with exit code 1, as Python prints it."""
@@ -47,6 +45,7 @@ def test_batch_that_does_not_fit(refused, flag):
 
 def test_jump_tasks(refused):
     assert refused("--jump-tasks nowhere", "source", "20:10,30:20").startswith("--jump-tasks nowhere: ")
+    assert refused("--jump-eval-tasks 20:60", "0..40").startswith("--jump-eval-tasks 20:60: ")
 
 
 NEAR = {

@@ -22,7 +22,10 @@ import ppo_pisco
 import pretrain_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
-RL = "--total-timesteps 64 --num-envs 4 --num-steps 8 --num-minibatches 2 --feature-dim 32 --torch-threads 1 --no-cuda"
+RL = (
+    "--total-timesteps 64 --num-envs 4 --num-steps 8 --num-minibatches 2 --feature-dim 32 "
+    "--jump-eval-tasks 20:10,45:20 --torch-threads 1 --no-cuda"
+)
 RL_DMC = (
     "--env-id cartpole-balance --total-frames 1100 --update-every 50 --image-size 24 --render-quality fast "
     "--hidden-dim 16 --feature-dim 8 --batch-size 8 --seed-frames 40 --explore-steps 10 --eval-episodes 1 "
@@ -35,12 +38,6 @@ IMAGES = (
 JUMP = "--jump-tasks 20:5,22:15,30:20,40:10 --num-frames 200"
 DMC = "--env-id cartpole-balance --image-size 24 --render-quality fast --num-frames 110"
 FAMILIES = {"nature": JUMP, "impala": f"{JUMP} --encoder impala", "drqv2": DMC}
-
-
-@pytest.fixture(autouse=True)
-def small_evaluation(monkeypatch):
-    """Runs of rl are evaluated on two tasks beside their own, not on all 286."""
-    monkeypatch.setattr(ppo_pisco, "JUMP_GRID", [(20, 10), (45, 20)])
 
 
 def encoder_file(path):
