@@ -186,7 +186,7 @@ def with_loss(loss, projector="none", coef="1", fraction="0.5", rate="1e-3"):
 
 SETTINGS = {f"{p}, weight {c}": with_loss("pisco", p, c) for p, c in (
     ("none", "1"), ("residual", "1"), ("none", "3"), ("residual", "3"), ("none", "0.3"), ("mlp", "1"),
-)} | {"none, weight 1, whole minibatch": with_loss("pisco", fraction="1")}  # fmt: skip
+)} | {f"none, weight {c}, whole minibatch": with_loss("pisco", coef=c, fraction="1") for c in ("1", "3")}  # fmt: skip
 RATES_OF_TWO = {f"no loss, rate {r}": f"--ssl none --learning-rate {r}" for r in ("3e-4", "1e-3", "3e-3")} | {
     f"none, weight 1, rate {r}": with_loss("pisco", rate=r) for r in ("3e-4", "3e-3")
 }
@@ -287,6 +287,7 @@ SUITES = {
                 "residual, weight 1",
                 "none, weight 3",
                 "none, weight 1, whole minibatch",
+                "none, weight 3, whole minibatch",
                 *RATES_OF_TWO,
             )
         },
