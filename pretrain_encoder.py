@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.13"
 # dependencies = [
 #     "torch==2.13.0", "gymnasium==1.4.0", "envpool==1.2.5", "dm-control==1.0.38", "mujoco==3.6.0", "numpy==2.4.6",
 #     "tyro==1.0.17", "tensorboard==2.21.0", "safetensors==0.8.0", "tqdm==4.70.1", "pillow==13.0.0",
