@@ -253,7 +253,7 @@ class Encoder(nn.Module):
             layers.append(nn.Sequential(layer_init(conv), nn.ReLU(inplace=True)))
         self.layers = nn.ModuleList(layers)
         with torch.no_grad():
-            self.map_shape = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).shape[1:]
+            self.map_shape = nn.Sequential(*layers).eval()(torch.zeros(1, *obs_shape)).shape[1:]
         self.frozen, self.bf16 = 0, args.bf16
         self.about = {"architecture": "drqv2"}  # what a weights file must agree with: its images may be of any size
 
@@ -365,6 +365,7 @@ class Agent(nn.Module):
             self.projector = make_mlp([dim, args.projector_dim, dim])
             if args.projector == "residual":
                 nn.init.zeros_(self.projector[-1].weight)  # with ssl_loss's sum it begins as the identity
+        self.eval()  # one policy acts, learns and is kept: no statistics move, nothing drops out
 
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------

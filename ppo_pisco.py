@@ -403,7 +403,7 @@ class Encoder(nn.Module):
         super().__init__()
         layers = {"nature": nature_layers, "impala": impala_layers}[args.encoder](obs_shape[0])
         with torch.no_grad():
-            flat = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).numel()
+            flat = nn.Sequential(*layers).eval()(torch.zeros(1, *obs_shape)).numel()
         linear = layer_init(nn.Linear(flat, args.feature_dim))
         self.layers = nn.ModuleList([*layers, nn.Sequential(nn.Flatten(), linear, nn.ReLU(inplace=True))])
         self.frozen, self.bf16 = 0, args.bf16
@@ -469,6 +469,7 @@ class Agent(nn.Module):
         if args.env_id == "Jump-v0":
             # There is one right moment to jump, so a fair coin hardly ever clears an obstacle far away.
             self.actor[-1].bias.data[1] = math.log(args.jump_prior / (1 - args.jump_prior))
+        self.eval()  # one policy acts, learns and is kept: no statistics move, nothing drops out
 
     def forward(self, obs):
         """Images (B, C, H, W) uint8 -> policy logits (B, A) and values (B,), float32."""

@@ -430,7 +430,7 @@ def pretrain_on_images(args):
     data = make_data(args)
     train_rows, held_out = split(data.groups, args.seed)
     encoder = algorithm.Encoder(args, data.obs_shape)
-    width = encoder(torch.zeros(1, *data.obs_shape, dtype=torch.uint8)).numel()
+    width = encoder.eval()(torch.zeros(1, *data.obs_shape, dtype=torch.uint8)).numel()
     model = SimSiam(encoder, width, args) if args.objective == "simsiam" else StateModel(encoder, width, data.names)
     model = model.to(device, memory_format=torch.channels_last)
     print(f"{len(train_rows):,} observations {data.obs_shape} for training, {len(held_out):,} held out", flush=True)

@@ -186,3 +186,37 @@ def test_freezing_the_top_takes_one_place(tmp_path, monkeypatch, module, shape):
     trained = ppo_pisco.safetensors.torch.load_file(folder / "encoder.safetensors")
     for name, value in encoder.state_dict().items():
         assert torch.equal(trained[name], value) == name.startswith("layers.3."), name
+
+
+FIRST_LAYER = {  # with batch normalisation and dropout
+    "ppo_pisco.py": ("layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(inplace=True)", (1, 60, 60), 2),
+    "drqv2_pisco.py": ("layer_init(conv), nn.ReLU(inplace=True)", (9, 24, 24), 1),
+}
+
+
+@pytest.mark.parametrize("file", FIRST_LAYER)
+def test_statistics_and_dropout_leave_one_policy(tmp_path, monkeypatch, file):
+    """The policy that acts is the one that learns, is evaluated and is kept: a function of a single state."""
+    old, shape, num_actions = FIRST_LAYER[file]
+    own = "--update-epochs 1 --num-minibatches 1 --total-timesteps 64" if file == "ppo_pisco.py" else ""
+    flags = f"--encoder-weights none --ssl curl --curl-tau 1 --learning-rate 1e-2 {own}"
+    edits = [(old, f"{old}, nn.BatchNorm2d(32), nn.Dropout(0.5)")]
+    module, folder, rows = train_edited(file, edits, flags, tmp_path, monkeypatch)
+    args = module.parse_args(["--resume", str(folder)])
+    agent = module.Agent(args, module.Encoder(args, shape), shape, num_actions)
+    weights = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
+    agent.load_state_dict(weights)
+    counts = [name for name in weights if name.endswith("num_batches_tracked")]
+    assert len(counts) == (2 if file == "ppo_pisco.py" else 8) and not any(weights[name] for name in counts)
+    for name, value in weights.items():
+        assert "running_" not in name or torch.equal(value, torch.full_like(value, float("running_var" in name))), name
+    policy = (lambda obs: agent(obs)[0]) if file == "ppo_pisco.py" else (lambda obs: agent.actor(agent.encoder(obs)))
+    obs = torch.randint(0, 256, (6, *shape), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(policy(obs), torch.cat([policy(state[None]) for state in obs]), rtol=1e-4, atol=1e-5)
+        key_encoder = agent.key_encoder if file == "ppo_pisco.py" else agent.key_encoder[0]
+        torch.testing.assert_close(key_encoder(obs), agent.encoder(obs), rtol=0, atol=0)  # of the last update
+    found = module.evaluate(agent, args, torch.device("cpu"), int(rows[-1]["global_step"]), tmp_path)
+    assert found == {name: float(value) for name, value in rows[-1].items() if name.startswith("eval/")}
+    for row in rows if file == "ppo_pisco.py" else ():  # the update's policy is still the one that acted
+        assert abs(float(row["losses/old_approx_kl"])) < 1e-6 and float(row["losses/clipfrac"]) == 0
