@@ -118,12 +118,11 @@ class Args:
 
 
 # The defaults above are the official ones of easy tasks. What --env-id matches has these on top.
-MEDIUM = (
-    "acrobot-swingup|cartpole-swingup_sparse|cheetah-run|finger-turn_.*|hopper-hop|quadruped-.*|reacher-.*|walker-run"
-)
+MEDIUM = {"total_frames": 3_100_000, "stddev_steps": 500_000}
 DEFAULTS = [
     ("cartpole-swingup", {"encoder_weights": str(ENCODERS / "cartpole-balance__drqv2__rl.safetensors")}),
-    (MEDIUM, {"total_frames": 3_100_000, "stddev_steps": 500_000}),
+    ("acrobot-swingup|cartpole-swingup_sparse|cheetah-run|finger-turn_.*|hopper-hop|walker-run", MEDIUM),
+    ("(manipulation|quadruped|reacher)-.*", MEDIUM),
     ("quadruped-run", {"replay_size": 100_000}),
     ("walker-.*", {"nstep": 1, "batch_size": 512}),
     ("humanoid-.*", {"total_frames": 30_100_000, "stddev_steps": 2_000_000, "learning_rate": 8e-5, "feature_dim": 100}),
@@ -158,8 +157,8 @@ class DMCPixels(gym.Env):
     `truncated` is the time limit."""
 
     def __init__(self, env_id, image_size=84, action_repeat=2, quality="standard"):
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")  # dm_control itself would try GLFW, which needs a display
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # dm_control itself would try GLFW, which needs a living display
         from dm_control import manipulation, suite
         from dm_control.mujoco.engine import Camera
         from dm_control.rl.control import PhysicsError
@@ -187,6 +186,8 @@ class DMCPixels(gym.Env):
             self.camera = Camera(self.env.physics, image_size, image_size, 2 if domain == "quadruped" else 0)
         spec = self.env.action_spec()
         self.low, self.high = spec.minimum, spec.maximum  # (A,) float64 each
+        if max(-self.low.min(), self.high.max()) > 1e6:
+            raise SystemExit(f"--env-id {env_id}: its actions have no limits; give its actuators a ctrlrange")
         self.observation_space = gym.spaces.Box(0, 255, (3, image_size, image_size), np.uint8)
         self.action_space = gym.spaces.Box(-1.0, 1.0, self.low.shape, np.float32)
 
@@ -791,9 +792,9 @@ def train(args):
     """One whole run. Returns its folder. Raises SystemExit, naming the flag and the remedy, where none is possible."""
     total_steps, seed_steps = args.total_frames // args.action_repeat, args.seed_frames // args.action_repeat
     if math.ceil(max(seed_steps, 1) / args.update_every) * args.update_every >= total_steps:
-        raise SystemExit(
-            f"--total-frames {args.total_frames}: no update before its end; see --seed-frames, --update-every"
-        )
+        raise SystemExit(f"--total-frames {args.total_frames}: no update in it; see --seed-frames, --update-every")
+    if not 0 <= args.ssl_fraction <= 1:
+        raise SystemExit(f"--ssl-fraction {args.ssl_fraction}: a share of the batch; give 0 to 1")
     device = set_up(args)
     state = load_checkpoint(args.resume, device) if args.resume else None
     step = state["step"] if state else 0

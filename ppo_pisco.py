@@ -881,6 +881,8 @@ def train(args):
         raise SystemExit(f"--num-minibatches {args.num_minibatches}: {remedy}")
     if not num_iterations:
         raise SystemExit(f"--total-timesteps {args.total_timesteps}: less than num_envs * num_steps = {batch_size}")
+    if not 0 <= args.ssl_fraction <= 1:
+        raise SystemExit(f"--ssl-fraction {args.ssl_fraction}: a share of the minibatch; give 0 to 1")
     device = set_up(args)
     state = load_checkpoint(args.resume, device) if args.resume else None
     start = state["iteration"] if state else 0

@@ -13,7 +13,7 @@ from conftest import Killed, encoder_file, evaluation, metrics
 
 import drqv2_pisco
 
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # as DMCPixels does: some tests import dm_control before it
 
 # Six episodes of 20 steps (40 frames), with checkpoints on the way and at the end, two evaluations on the way and one

@@ -62,10 +62,35 @@ def test_run_in_which_no_episode_ends(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/model.safetensors")) and not list(tmp_path.glob("*/encoder.safetensors"))
 
 
-def test_every_episode_is_longer_than_the_ring_or_shorter_than_a_sample(tmp_path):
-    for flags in ("--replay-size 15", "--nstep 25"):
-        error_of(command(tmp_path, flags))
-    assert not list(tmp_path.glob("*/model.safetensors"))
+@pytest.mark.parametrize(
+    "flags, length, steps",
+    [("--replay-size 15", 20, 15), ("--replay-size 15", -1, 15), ("--nstep 25", 20, 20), ("--nstep 7", 5, 5)],
+)
+def test_nothing_can_be_sampled(tmp_path, monkeypatch, flags, length, steps):
+    """Every episode is longer than the ring or shorter than a sample: said at once, and the ring is removed."""
+    played = []
+
+    class Counted(TinyResumable):
+        def step(self, action):
+            played.append(action)
+            return super().step(action)
+
+    use(monkeypatch, lambda args: Counted(length=length))
+    message = error_of(command(tmp_path, flags))
+    assert message.startswith("--nstep, --replay-size: no episode ended") and len(played) <= steps
+    assert not list(tmp_path.glob("*/model.safetensors")) and not list(tmp_path.glob("*/replay.bin"))
+
+
+@pytest.mark.parametrize("share", ["1.01", "-0.1", "nan"])
+def test_share_that_is_none(refused, share):
+    assert refused(f"--ssl-fraction {share}", "0 to 1").startswith(f"--ssl-fraction {share}: ")
+
+
+def test_tracking_without_its_package_leaves_no_ring(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError):
+        train(tmp_path, "--track")
+    assert not list(tmp_path.glob("*/replay.bin"))
 
 
 # --- Environments ----------------------------------------------------------------------------------------------------
@@ -114,6 +139,17 @@ def test_tasks_whose_episodes_never_end_are_not_offered(monkeypatch, env_id):
     with pytest.raises(SystemExit) as stop:
         DMCPixels(env_id)
     assert "lqr" not in stop.value.code.partition("did you mean")[2]
+
+
+@pytest.mark.parametrize("limit", [1e10, math.inf])
+def test_actions_without_limits(monkeypatch, limit):
+    """Scaled to them, every action would make the simulation diverge."""
+    from dm_control.rl import control
+    from dm_env import specs
+
+    monkeypatch.setattr(control.Environment, "action_spec", lambda _: specs.BoundedArray((1,), float, -limit, limit))
+    with pytest.raises(SystemExit, match="--env-id cartpole-balance: its actions have no limits"):
+        DMCPixels("cartpole-balance", 24, 2, "fast")
 
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------

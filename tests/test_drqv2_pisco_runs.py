@@ -66,7 +66,7 @@ OFFICIAL = {  # task: what differs from an easy one's, of facebookresearch/drqv2
         task: MEDIUM
         for task in (
             "acrobot-swingup", "cartpole-swingup_sparse", "cheetah-run", "finger-turn_easy", "finger-turn_hard",
-            "hopper-hop", "quadruped-walk", "reacher-easy", "reacher-hard",
+            "hopper-hop", "manipulation-reach_duplo", "quadruped-walk", "reacher-easy", "reacher-hard",
         )
     },
     "quadruped-run": MEDIUM | {"replay_size": 100_000},
@@ -269,7 +269,7 @@ def test_manipulation():
 
 @pytest.mark.parametrize(
     "platform, display, before, after",
-    [("linux", None, None, "egl"), ("linux", None, "osmesa", "osmesa"), ("linux", ":0", None, None),
+    [("linux", None, None, "egl"), ("linux", None, "osmesa", "osmesa"), ("linux", ":0", None, "egl"),
      ("darwin", None, None, None)],
 )  # fmt: skip
 def test_renderer(monkeypatch, platform, display, before, after):

@@ -43,6 +43,11 @@ def test_batch_that_does_not_fit(refused, flag):
     assert refused(flag, "num_envs * num_steps = 32").startswith(f"{flag}: ")
 
 
+@pytest.mark.parametrize("share", ["1.01", "-0.1", "nan"])
+def test_share_that_is_none(refused, share):
+    assert refused(f"--ssl-fraction {share}", "0 to 1").startswith(f"--ssl-fraction {share}: ")
+
+
 def test_jump_tasks(refused):
     assert refused("--jump-tasks nowhere", "source", "20:10,30:20").startswith("--jump-tasks nowhere: ")
     assert refused("--jump-eval-tasks 20:60", "0..40").startswith("--jump-eval-tasks 20:60: ")
