@@ -512,7 +512,8 @@ class Replay:
     def __init__(self, path, rows, frame_shape, num_actions, seed):
         columns = [("index", "i8"), ("frame", "u1", frame_shape), ("action", "f4", (num_actions,))]
         dtype = np.dtype([*columns, ("reward", "f4"), ("end", "?")], align=True)
-        with open(path, "ab") as file:  # a full disk is noticed here, not by a crash in the middle of the run
+        # A full disk is noticed here, not by a crash later. Open for appending, a file lacks the C library's fall-back.
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
             else:  # macOS
@@ -546,22 +547,22 @@ class Replay:
         first, steps = np.array(self.episodes)[self.generator.integers(len(self.episodes), size=batch_size)].T
         return first + self.generator.integers(steps - nstep + 1), first
 
-    def stacks(self, rows, first, frame_stack):
+    def stacks(self, rows, first, frame_stack, device="cpu"):
         """Observations (B, C * frame_stack, H, W) uint8 that end with `rows`; before `first` its image is repeated."""
         index = np.maximum(rows[:, None] + np.arange(1 - frame_stack, 1), first[:, None]) % self.rows  # (B, stack)
-        index = torch.from_numpy(index.ravel())
-        return self.frames.index_select(0, index).view(len(rows), -1, *self.frames.shape[2:])
+        images = self.frames.new_empty(index.size, *self.frames.shape[1:], pin_memory="cuda" in str(device))
+        torch.index_select(self.frames, 0, torch.from_numpy(index.ravel()), out=images)  # no copy to pin
+        return images.view(len(rows), -1, *self.frames.shape[2:])
 
     def sample(self, args, device):
         """A batch on the device: obs, actions (B, A), n-step rewards (B, 1), discounts (B, 1) and next obs."""
         rows, first = self.sample_rows(args.batch_size, args.nstep)
         steps = (rows[:, None] + np.arange(1, args.nstep + 1)) % self.rows  # (B, n)
         reward, discount = sample_nstep(self.data["reward"][steps], self.data["end"][steps], args.gamma)  # (B,) each
-        obs, next_obs = (self.stacks(r, first, args.frame_stack) for r in (rows, rows + args.nstep))
+        obs, next_obs = (self.stacks(r, first, args.frame_stack, device) for r in (rows, rows + args.nstep))
         action = torch.from_numpy(self.data["action"][steps[:, 0]])
         reward, discount = (torch.from_numpy(x.astype(np.float32)[:, None]) for x in (reward, discount))
-        batch = (obs, action, reward, discount, next_obs)
-        return [x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x for x in batch]
+        return [x.to(device, non_blocking=True) for x in (obs, action, reward, discount, next_obs)]
 
     def get_state(self):
         """All but the rows, which are on the disk then. Taken between two episodes."""

@@ -2,8 +2,11 @@
 
 import copy
 import dataclasses
+import errno
+import fcntl
 import itertools
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,6 +211,40 @@ def test_replay_goes_on_with_the_same_samples(tmp_path):
     for batch in wanted:
         for a, b in zip(batch, sample(again, 8)):
             assert torch.equal(a, b)
+
+
+def test_ring_where_the_file_system_cannot_allocate(tmp_path, monkeypatch):
+    """As glibc's fall-back does it: it reads a byte of every block and writes one where there is nothing yet."""
+
+    def fallocate(fd, offset, length):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        size = os.fstat(fd).st_size
+        for place in [*range(offset, offset + length - 1, 4096), offset + length - 1]:
+            if place >= size or os.pread(fd, 1, place) == b"\0":
+                os.pwrite(fd, b"\0", place)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    for images in (2, 0):  # the second time it is there
+        replay = Replay(tmp_path / "replay.bin", 5, (1, 70, 70), 2, seed=0)
+        for value in range(images):
+            replay.add(np.full((1, 70, 70), 7 + value, np.uint8))
+        assert replay.data["frame"][:2].mean(axis=(1, 2, 3)).tolist() == [7, 8] and len(replay.data) == 5
+
+
+def test_images_are_gathered_where_the_device_fetches_them(tmp_path, monkeypatch):
+    """On a GPU machine: in pinned memory from the start, with no copy on the way."""
+    replay = make_replay(tmp_path)
+    asked, real = [], torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pytest.fail("a copy"))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *size, pin_memory: asked.append(pin_memory) or real(self, *size)
+    )
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: self)
+    args = Args(batch_size=4, nstep=1, frame_stack=2)
+    for device in ("cpu", "cuda"):
+        replay.sample(args, torch.device(device))
+    assert asked == [False] * 2 + [True] * 2
 
 
 def test_replay_has_its_whole_file_from_the_start(tmp_path):
