@@ -379,7 +379,7 @@ def load_encoder(path, encoder):
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"--encoder-weights {path}: {error}; `python pretrain_encoder.py` makes one") from None
     for key, here in encoder.about.items():
-        if metadata.get(key) != here:
+        if metadata.get(key, here if metadata else None) != here:  # an older file may say less
             raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
     try:
         encoder.load_state_dict(tensors)
@@ -396,9 +396,10 @@ def save_encoder(path, encoder, **metadata):
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
-def make_encoder(args, obs_shape, resuming):
+def make_encoder(args, obs_shape, frame_stack, resuming):
     """The encoder, loaded and frozen as the arguments ask for; when `resuming`, the checkpoint has its weights."""
     encoder = Encoder(args, obs_shape)
+    encoder.about |= {"frame_stack": str(frame_stack), "image_channels": str(obs_shape[0] // frame_stack)}
     encoder.freeze(args.freeze_layers)
     if args.encoder_weights == "none" and encoder.frozen and not args.freeze_random:
         raise SystemExit("--freeze-layers: the weights are random; give --encoder-weights, or --freeze-random")
@@ -803,7 +804,7 @@ def train(args):
     env.reset(seed=args.seed + step)  # another seed after a resume
     channels, *size = frame_shape = env.observation_space.shape
     obs_shape, num_actions = (args.frame_stack * channels, *size), env.action_space.shape[0]
-    encoder = make_encoder(args, obs_shape, resuming=state is not None)
+    encoder = make_encoder(args, obs_shape, args.frame_stack, resuming=state is not None)
     agent = Agent(args, encoder, obs_shape, num_actions).to(device, memory_format=torch.channels_last)
     critic_optimizer, actor_optimizer = make_optimizers(agent, args.learning_rate)
     folder = Path(args.resume) if args.resume else make_run_folder(args)

@@ -302,6 +302,7 @@ class ImageEnvs:
         self.channels_last = len(shape) > 2 and shape[-1] < shape[-3]  # an image has more rows than channels
         self.num_actions, self.first_action = int(actions.n), int(getattr(actions, "start", 0))
         self.obs_shape = self._images(np.zeros((1, *shape), np.uint8)).shape[1:]  # (C, H, W)
+        self.frame_stack = shape[0] if len(shape) == 4 else self.obs_shape[0] // (1 if self.obs_shape[0] % 3 else 3)
 
     def _images(self, obs):
         """Observations (N, [stack,] H, W[, C]) or (N, [stack,] [C,] H, W) -> (N, C, H, W), a stack folded into C."""
@@ -487,7 +488,7 @@ def load_encoder(path, encoder):
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"--encoder-weights {path}: {error}; `python pretrain_encoder.py` makes one") from None
     for key, here in encoder.about.items():
-        if metadata.get(key) != here:
+        if metadata.get(key, here if metadata else None) != here:  # an older file may say less
             raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
     try:
         encoder.load_state_dict(tensors)
@@ -504,9 +505,10 @@ def save_encoder(path, encoder, **metadata):
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
-def make_encoder(args, obs_shape, resuming):
+def make_encoder(args, obs_shape, frame_stack, resuming):
     """The encoder, loaded and frozen as the arguments ask for; when `resuming`, the checkpoint has its weights."""
     encoder = Encoder(args, obs_shape)
+    encoder.about |= {"frame_stack": str(frame_stack), "image_channels": str(obs_shape[0] // frame_stack)}
     encoder.freeze(args.freeze_layers)
     if args.encoder_weights == "none" and encoder.frozen and not args.freeze_random:
         raise SystemExit("--freeze-layers: the weights are random; give --encoder-weights, or --freeze-random")
@@ -887,7 +889,7 @@ def train(args):
     state = load_checkpoint(args.resume, device) if args.resume else None
     start = state["iteration"] if state else 0
     envs = ImageEnvs(args, args.num_envs, start)
-    encoder = make_encoder(args, envs.obs_shape, resuming=state is not None)
+    encoder = make_encoder(args, envs.obs_shape, envs.frame_stack, resuming=state is not None)
     agent = Agent(args, encoder, envs.obs_shape, envs.num_actions).to(device, memory_format=torch.channels_last)
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=True)

@@ -24,6 +24,7 @@ Every array in its .npy and .npz files is one more: uint8 of shape (N, C, H, W),
 (N, H, W, 3). Four channels at the end are refused: RGBA can't be told from four stacked images.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -274,8 +275,15 @@ def make_data(args):
         if args.objective == "state":
             raise SystemExit("--frames: these have no true state; use --objective simsiam")
         data = folder_data(args.frames, args.frame_stack)
-        if args.env_id == "Jump-v0" and data.obs_shape != (1, 60, 60):
-            raise SystemExit(f"--env-id Jump-v0: observations are {data.obs_shape}; name where --frames is from")
+        found = shown = (args.frame_stack, *data.images.shape[1:])
+        if choose_algorithm(args.env_id) is ppo_pisco:
+            with contextlib.suppress(SystemExit, ImportError):  # not on this machine
+                envs = ppo_pisco.ImageEnvs(ppo_pisco.parse_args(["--env-id", args.env_id]), 1)
+                shown = (envs.frame_stack, envs.obs_shape[0] // envs.frame_stack, *envs.obs_shape[1:])
+        elif "-" in args.env_id:  # the control suite shows colours, of any size
+            shown = (found[0], 3, *found[2:])
+        if found != shown:
+            raise SystemExit(f"--env-id {args.env_id}: shows (stack, C, H, W) = {shown}, --frames has {found}")
         return data
     if choose_algorithm(args.env_id) is drqv2_pisco:
         length = 50 + args.frame_stack - 1
@@ -441,6 +449,7 @@ def pretrain_on_images(args):
     tasks = (args.jump_tasks or "grid without target") if args.env_id == "Jump-v0" and not args.frames else ""
     algorithm.save_encoder(
         path, encoder, observation_shape=json.dumps(data.obs_shape), environment=args.env_id, tasks=tasks,
+        frame_stack=data.stacks.shape[1], image_channels=data.images.shape[1],
         objective=args.objective, score=json.dumps(score), steps=last["step"], seed=args.seed,
     )  # fmt: skip
     return path
@@ -468,8 +477,8 @@ def usage(path):
     """The command that uses a weights file, ready to be pasted into a shell."""
     metadata = read_metadata(path)
     algorithm, env_id = choose_algorithm(metadata["environment"]), metadata["environment"]
-    channels, size, _ = json.loads(metadata["observation_shape"])
-    needed = {"image_size": size, "frame_stack": channels // 3}
+    _, size, _ = json.loads(metadata["observation_shape"])
+    needed = {"image_size": size, "frame_stack": int(metadata["frame_stack"])}
     if algorithm is ppo_pisco:
         needed = {"encoder": metadata["architecture"], "feature_dim": int(metadata["feature_dim"])}
     defaults = algorithm.parse_args(["--env-id", env_id])

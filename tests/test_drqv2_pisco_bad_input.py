@@ -201,6 +201,10 @@ def test_weights_for_other_images(refused, weights):
     refused(
         f"--encoder-weights {path} --frame-stack 2", str(path), "layers.0.0.weight", "[32, 9, 3, 3]", "[32, 6, 3, 3]"
     )
+    path = weights(frame_stack="9", image_channels="1")  # nine grey images
+    refused(f"--encoder-weights {path}", str(path), "frame_stack 9, this run 3")
+    path = weights(frame_stack="3", image_channels="3")
+    assert load_encoder(path, Encoder(Args(), (9, 24, 24)))["image_channels"] == "3"
 
 
 CHANGES = {

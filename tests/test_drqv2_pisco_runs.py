@@ -482,6 +482,7 @@ def test_encoder_file_loads_into_another_run(tmp_path, monkeypatch, finished, im
     """Also into one with images of another size: convolutions take any."""
     weights, about = encoder_file(finished / "encoder.safetensors")
     assert about["architecture"] == "drqv2" and about["observation_shape"] == "[9, 24, 24]"
+    assert (about["frame_stack"], about["image_channels"]) == ("3", "3")
     assert about["environment"] == "cartpole-balance" and about["steps"] == "240" and about["seed"] == "1"
     assert "pisco" in about["objective"]
     use(monkeypatch, lambda args: TinyResumable(shape=(3, args.image_size, args.image_size)))

@@ -149,6 +149,19 @@ def test_weights_of_another_encoder(refused, weights):
     refused(f"--encoder-weights {path}", str(path), "None")  # no metadata
 
 
+def test_weights_say_what_a_channel_is(refused, tmp_path):
+    """Three grey images are no coloured one, though their tensors have its shapes."""
+    path = tmp_path / "weights.safetensors"
+    encoder = Encoder(Args(feature_dim=32), (3, 36, 40))
+    save_encoder(path, encoder, frame_stack=3, image_channels=1)
+    refused(f"--encoder-weights {path} --env-id TinyImage-v0", str(path), "frame_stack 3, this run 1")
+    for right in ({"frame_stack": 1, "image_channels": 3}, {}):  # a file of before doesn't say it
+        save_encoder(path, encoder, **right)
+        folder = train(tmp_path / "runs", f"--encoder-weights {path} --env-id TinyImage-v0 --total-timesteps 32")
+        about = encoder_file(folder / "encoder.safetensors")[1]
+        assert (about["frame_stack"], about["image_channels"]) == ("1", "3")
+
+
 CHANGES = {
     "extra": (lambda old: old | {"layers.9.0.bias": torch.zeros(32)}, "layers.9.0.bias"),
     "missing": (lambda old: {name: old[name] for name in old if name != "layers.0.0.bias"}, "layers.0.0.bias"),

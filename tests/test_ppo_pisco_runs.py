@@ -310,6 +310,7 @@ def test_encoder_file_loads_into_another_run(tmp_path, finished):
     path = finished / "encoder.safetensors"
     weights, about = encoder_file(path)
     assert about["architecture"] == "nature" and about["observation_shape"] == "[1, 60, 60]"
+    assert (about["frame_stack"], about["image_channels"]) == ("1", "1")
     assert about["environment"] == "Jump-v0" and about["steps"] == "128" and about["seed"] == "1"
     assert "pisco" in about["objective"] and about["feature_dim"] == "32"
     assert json.loads(about["versions"])["torch"] == torch.__version__
@@ -787,12 +788,13 @@ def test_same_seed_same_gymnasium_run(tmp_path):
 
 
 # --- Gymnasium -------------------------------------------------------------------------------------------------------
-LAYOUTS = {
-    "TinyImage-v0": (3, 36, 40),
-    "TinyImageFlat-v0": (1, 36, 40),
-    "TinyImageGrey-v0": (1, 36, 40),
-    "TinyImageFirst-v0": (3, 36, 40),
-    "TinyImageStack-v0": (12, 36, 40),
+LAYOUTS = {  # shape of an observation, images in it
+    "TinyImage-v0": ((3, 36, 40), 1),
+    "TinyImageFlat-v0": ((1, 36, 40), 1),
+    "TinyImageGrey-v0": ((1, 36, 40), 1),
+    "TinyImageFirst-v0": ((3, 36, 40), 1),
+    "TinyImageStack-v0": ((12, 36, 40), 4),
+    "Pong-v5": ((4, 84, 84), 4),
 }
 
 
@@ -811,15 +813,16 @@ def test_stack_of_images_is_folded_into_the_channels(tmp_path, monkeypatch, shap
     monkeypatch.setattr(gym.envs.registration, "registry", gym.registry.copy())
     gym.register("Numbered-v0", entry_point=lambda: Numbered(shape))
     envs = ImageEnvs(Args(env_id="Numbered-v0"), 2)
-    assert envs.obs_shape == (12, 36, 40)
+    assert envs.obs_shape == (12, 36, 40) and envs.frame_stack == 4
     for obs in (envs.reset(), envs.step(np.zeros(2, np.int64))[0]):
         assert obs.shape == (2, 12, 36, 40)
         assert (obs == np.arange(12)[None, :, None, None]).all()
 
 
-@pytest.mark.parametrize("env_id, shape", LAYOUTS.items())
-def test_image_layouts(env_id, shape):
-    envs = ImageEnvs(Args(env_id=env_id), 2)
+@pytest.mark.parametrize("env_id", LAYOUTS)
+def test_image_layouts(env_id):
+    envs, (shape, stack) = ImageEnvs(Args(env_id=env_id), 2), LAYOUTS[env_id]
+    assert envs.frame_stack == stack
     obs = envs.reset()
     assert envs.obs_shape == shape and obs.shape == (2, *shape) and obs.dtype == np.uint8
     if env_id == "TinyImage-v0":  # the last channel has become the third

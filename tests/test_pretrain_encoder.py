@@ -482,11 +482,51 @@ def test_own_frames(tmp_path, kind):
     assert len(data.groups.unique()) == (9 + 19 if kind == "npz" else 20) and data.states.shape == (len(starts), 0)
 
 
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".gif", ".tif", ".PNG", ".ppm"])
+def test_frames_of_all_formats(tmp_path, capsys, suffix):
+    """And an animation, which is a sequence of its own; what is left out is counted."""
+    images = [Image.fromarray(np.full((40, 44), 8 * i, np.uint8)).convert("RGB") for i in range(30)]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}{suffix}", **({"lossless": True} if suffix == ".webp" else {}))
+    for name in ("notes.txt", "film.mp4"):
+        (tmp_path / name).write_text("")
+    data = pretrain_encoder.folder_data(tmp_path, 2)
+    assert data.images.shape == (30, 3, 40, 44) and data.images[:, 0, 0, 0].tolist() == list(range(0, 240, 8))
+    assert "30 files are read, 2 left out" in capsys.readouterr().out
+    if suffix in (".gif", ".webp", ".tif"):
+        kwargs = {"lossless": True} if suffix == ".webp" else {}
+        images[0].save(tmp_path / f"all{suffix}", save_all=True, append_images=images[1:], **kwargs)
+        data = pretrain_encoder.folder_data(tmp_path, 2)
+        assert data.images[:, 0, 0, 0].tolist() == 2 * list(range(0, 240, 8)) and len(data.stacks) == 2 * 29
+
+
+@pytest.mark.parametrize(
+    "env_id, shape, stack, fits",
+    [
+        ("Pong-v5", (1, 84, 84), 4, True), ("Pong-v5", (1, 84, 84), 1, False), ("Pong-v5", (4, 84, 84), 1, False),
+        ("Pong-v5", (1, 40, 44), 4, False), ("TinyImage-v0", (3, 36, 40), 1, True),
+        ("TinyImage-v0", (1, 36, 40), 3, False), ("walker-walk", (3, 40, 40), 2, True),
+        ("walker-walk", (1, 40, 40), 3, False), ("walker-walk", (9, 40, 40), 3, False),
+        ("Jump-v0", (1, 60, 60), 1, True), ("Jump-v0", (1, 84, 84), 1, False),
+        ("not.here:Game-v0", (9, 40, 44), 5, True),
+    ],
+)  # fmt: skip
+def test_frames_must_be_what_the_environment_shows(tmp_path, env_id, shape, stack, fits):
+    np.save(tmp_path / "a.npy", np.zeros((30, *shape), np.uint8))
+    args = image_args(f"--env-id {env_id} --frames {tmp_path} --frame-stack {stack}")
+    if fits:
+        assert pretrain_encoder.make_data(args).obs_shape == (stack * shape[0], *shape[1:])
+    else:
+        with pytest.raises(SystemExit, match=f"--env-id {env_id}: shows"):
+            pretrain_encoder.make_data(args)
+
+
 def test_own_frames_make_an_encoder(tmp_path):
     write_frames(tmp_path / "frames", "png")
     flags = f"--objective simsiam --frames {tmp_path / 'frames'} --env-id my:Game/Two-v0 --frame-stack 2"
     _, metadata = encoder_file(pretrain(tmp_path, flags))
     assert metadata["observation_shape"] == "[6, 40, 44]" and metadata["environment"] == "my:Game/Two-v0"
+    assert (metadata["frame_stack"], metadata["image_channels"]) == ("2", "3")
     assert metadata["tasks"] == ""
 
 
