@@ -19,9 +19,10 @@ images to the true state, `simsiam` (X. Chen and K. He 2021, arXiv 2011.10566) n
 --help` shows the flags of these two, the algorithms' own --help those that rl passes on. Top to bottom: arguments,
 data, networks and objectives, training, weights file, reinforcement learning, main.
 
-`--frames` is a folder. Its .png and .jpg images, frame_2 before frame_10, make one sequence; transparency is dropped.
-Every array in its .npy and .npz files is one more: uint8 of shape (N, C, H, W), (N, H, W), (N, H, W, 1) or
-(N, H, W, 3). Four channels at the end are refused: RGBA can't be told from four stacked images.
+`--frames` is a folder. Its images, of all formats that Pillow reads, make one sequence, frame_2 before frame_10;
+transparency is dropped. Every animation is one more, and every array in its .npy and .npz files: uint8 of shape
+(N, C, H, W), (N, H, W), (N, H, W, 1) or (N, H, W, 3). Four channels at the end are refused: RGBA can't be told from
+four stacked images.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from PIL import Image
+from PIL import Image, ImageSequence
 from tqdm import tqdm
 
 import drqv2_pisco
@@ -206,7 +207,7 @@ def dmc_data(args, env_id, frame_stack, image_size, episodes, length):
     return Data(*(torch.from_numpy(part) for part in parts), names[varies].tolist())
 
 
-IMAGES, ARRAYS = (".png", ".jpg", ".jpeg"), (".npy", ".npz")
+IMAGES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def natural_key(name):
@@ -233,8 +234,9 @@ def read_frames(path):
             with Image.open(path) as image:
                 if image.mode[0] in "IF":  # 16 and 32 bits
                     raise ValueError(f"pixels are {image.mode}, not 8 bits")
-                pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-            arrays = [pixels.reshape(1, *pixels.shape[:2], -1)]  # (1, H, W, 1 or 3)
+                mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+                pixels = np.stack([np.asarray(frame.convert(mode)) for frame in ImageSequence.Iterator(image)])
+            arrays = [pixels.reshape(*pixels.shape[:3], -1)]  # (N, H, W, 1 or 3), N > 1 in an animation
         else:
             loaded = np.load(path, allow_pickle=False)
             arrays = [loaded[name] for name in loaded.files] if path.suffix.lower() == ".npz" else [loaded]
@@ -245,13 +247,15 @@ def read_frames(path):
 
 def folder_data(folder, frame_stack):
     """Data of a folder's images and arrays. Raises SystemExit."""
-    paths = [path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGES + ARRAYS]
-    paths.sort(key=lambda path: natural_key(path.name))
+    files = sorted(Path(folder).expanduser().glob("*"), key=lambda path: natural_key(path.name))
+    paths = [path for path in files if path.suffix.lower() in IMAGES | {".npy", ".npz"}]
     if not paths:
-        raise SystemExit(f"--frames {folder}: not a folder with {', '.join(IMAGES + ARRAYS)} files; name another one")
+        raise SystemExit(f"--frames {folder}: not a folder with images, .npy or .npz files; name another one")
+    print(f"--frames {folder}: {len(paths)} files are read, {len(files) - len(paths)} left out", flush=True)
     images, sequences = [], []  # arrays (1, C, H, W) and (N, C, H, W) uint8
     for path in tqdm(paths, desc="frames", file=sys.stdout, disable=None):
-        (images if path.suffix.lower() in IMAGES else sequences).extend(read_frames(path))
+        arrays = read_frames(path)
+        (images if path.suffix.lower() in IMAGES and len(arrays[0]) == 1 else sequences).extend(arrays)
     shapes = {array.shape[1:] for array in images + sequences}
     if len(shapes) > 1:
         raise SystemExit(f"--frames {folder}: shapes (C, H, W) are mixed, {sorted(shapes)}; bring them to one size")
