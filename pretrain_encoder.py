@@ -31,6 +31,7 @@ import math
 import re
 import shlex
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -468,6 +469,7 @@ def output_path(args, algorithm, algorithm_args):
     if path.exists() and not (args.force and path.is_file()):  # --force must not replace a device
         raise SystemExit(f"--output {path}: exists; name another file, or replace a regular one with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()  # where nothing can be written is found out now
     return path
 
 

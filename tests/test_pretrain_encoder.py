@@ -647,6 +647,8 @@ def test_outputs_that_are_refused_before_the_work(tmp_path, monkeypatch, objecti
         assert f"--output {path}" in line
     with pytest.raises(OSError, match="file"):
         pretrain_encoder.main(["--objective", objective, "--output", str(tmp_path / "file" / "e.safetensors")])
+    with pytest.raises(OSError):  # nothing can be written there
+        pretrain_encoder.main(["--objective", objective, "--output", "/proc/e.safetensors"])
     assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "pipe").is_fifo()
     assert not Path("/dev/null").is_file() and Path("/dev/null").is_char_device()
 
