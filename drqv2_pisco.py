@@ -377,7 +377,7 @@ def load_encoder(path, encoder):
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"--encoder-weights {path}: {error}; `python pretrain_encoder.py` makes one") from None
+        raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
     for key, here in encoder.about.items():
         if metadata.get(key, here if metadata else None) != here:  # an older file may say less
             raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")

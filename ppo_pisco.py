@@ -276,8 +276,9 @@ def make_envs(args, num_envs, seeds, evaluation):
     try:
         return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": NEXT_STEP})
     except gym.error.UnregisteredEnv:
-        close = difflib.get_close_matches(args.env_id, {"Jump-v0", *envpool_ids, *gym.registry}) or ["Jump-v0"]
-        hint = f"did you mean {', '.join(close)}, or drqv2_pisco.py --env-id {args.env_id.replace('_', '-')}?"
+        plain = re.sub("^ALE/|-ram|NoFrameskip|Deterministic", "", args.env_id)  # EnvPool has one name for a game
+        close = difflib.get_close_matches(plain, {"Jump-v0", *envpool_ids, *gym.registry}) or ["Jump-v0"]
+        hint = f"did you mean {', '.join(close)}? Control tasks have drqv2_pisco.py --env-id walker-walk"
         raise SystemExit(f"--env-id {args.env_id}: unknown environment; {hint}") from None
 
 
@@ -486,7 +487,7 @@ def load_encoder(path, encoder):
         with safetensors.safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"--encoder-weights {path}: {error}; `python pretrain_encoder.py` makes one") from None
+        raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
     for key, here in encoder.about.items():
         if metadata.get(key, here if metadata else None) != here:  # an older file may say less
             raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")

@@ -99,8 +99,8 @@ class FrameArgs(Args):
 
 
 def choose_algorithm(env_id):
-    """The module that trains on an environment: ids without a version are tasks of the DeepMind Control suite."""
-    return ppo_pisco if re.search(r"-v\d+$", env_id) else drqv2_pisco
+    """The module that trains on an environment: ids without version and module are tasks of DeepMind Control."""
+    return ppo_pisco if re.search(r"-v\d+$|[:/]", env_id) else drqv2_pisco
 
 
 def parse_args(argv):

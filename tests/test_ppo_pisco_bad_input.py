@@ -62,12 +62,16 @@ NEAR = {
     "nonsense": "Jump-v0",
     "conftest:Env-v0": "",
     "walker_walk": "drqv2_pisco.py --env-id walker-walk",
+    "PongNoFrameskip-v4": "Pong-v5",
+    "BreakoutDeterministic-v4": "Breakout-v5",
+    "Breakout-ramNoFrameskip-v4": "Breakout-v5",
+    "ALE/Breakout-v5": "Breakout-v5",
 }
 
 
 @pytest.mark.parametrize("env_id, suggestion", NEAR.items())
 def test_unknown_environment_gets_suggestions(refused, env_id, suggestion):
-    message = refused(f"--env-id {env_id}", suggestion, "drqv2_pisco.py")
+    message = refused(f"--env-id {env_id}", suggestion, "drqv2_pisco.py --env-id walker-walk")  # which there is
     assert message.startswith(f"--env-id {env_id}: unknown environment; did you mean ")
     suggestions = message.partition("did you mean ")[2].partition("?")[0].split(", ")
     assert len(suggestions) == len(set(suggestions))
@@ -112,8 +116,8 @@ def test_freezing(refused):
 
 
 def test_weights_missing(refused, tmp_path):
-    for path in (tmp_path / "nothing.safetensors", tmp_path):
-        message = refused(f"--encoder-weights {path}", "pretrain_encoder.py")
+    for path in (tmp_path / "nothing.safetensors", tmp_path, "None"):
+        message = refused(f"--encoder-weights {path}", "give a file of pretrain_encoder.py or `none`")
         assert message.startswith(f"--encoder-weights {path}: ")
 
 

@@ -679,6 +679,7 @@ def test_default_names(tmp_path, monkeypatch, env_id, objective, name):
     "env_id, algorithm",
     [
         ("Jump-v0", ppo_pisco), ("Pong-v5", ppo_pisco), ("ALE/Pong-v5", ppo_pisco), ("my:Game-v12", ppo_pisco),
+        ("module:NoVersion", ppo_pisco), ("ALE/Pong", ppo_pisco),
         ("walker-walk", drqv2_pisco), ("walker_walk", drqv2_pisco), ("reacher-visual-v", drqv2_pisco),
     ],
 )  # fmt: skip
