@@ -13,18 +13,16 @@
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
 That is `--ssl-teacher view --projector mlp`. By default the view that RL is trained on is the teacher of the other one.
-DrQ-v2 is the agent of D. Yarats et al., "Mastering Visual Continuous Control", arXiv 2107.09645. The file reads top to
-bottom: arguments, environment, networks, encoder weights, losses, replay, acting and update, evaluation, run folder,
-training. It needs no other file of this repository but the encoder weights (.safetensors).
+DrQ-v2 is the agent of D. Yarats et al., "Mastering Visual Continuous Control", arXiv 2107.09645. The file needs no
+other one of this repository but the encoder weights (.safetensors).
 
 A step is one action of the agent. global_step counts the environment's steps, `--action-repeat` to an action: these are
 the frames of DrQ-v2's paper and of the flags.
 """
 
-import contextlib
-import csv
 import ctypes
 import difflib
+import fcntl
 import io
 import json
 import math
@@ -135,11 +133,10 @@ def parse_args(argv=None):
     # A first look, as the environment or the run decides on the defaults of everything else.
     first, _ = tyro.cli(Args, args=[w for w in argv if w not in ("-h", "--help")], return_unknown_args=True)
     if first.resume is None:
-        matching = [settings for pattern, settings in DEFAULTS if re.fullmatch(pattern, first.env_id)]
-        own = {key: value for settings in matching for key, value in settings.items()}
+        own = {k: v for pattern, more in DEFAULTS if re.fullmatch(pattern, first.env_id) for k, v in more.items()}
         return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **own), description=__doc__)
     try:
-        saved = Args(**json.loads((Path(first.resume) / "args.json").read_text()), resume=first.resume)
+        saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()), resume=first.resume)
     except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"--resume {first.resume}: not a run folder of this script ({error})") from None
     if tyro.cli(Args, args=argv, default=saved, description=__doc__) != saved:
@@ -374,7 +371,7 @@ def load_encoder(path, encoder):
     """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
     Raises SystemExit where the file is missing, damaged, or of another encoder."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
@@ -641,10 +638,8 @@ def update(agent, critic_optimizer, actor_optimizer, batch, std, args, once=None
     function = critic_loss_function if once is None else critic_ssl_loss  # a compiled graph is freed by its first use
     loss, ssl, maps, stats = function(agent, views, action, reward, discount, next_obs, std, args)
     if once is not None:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng([]),
-        ):  # on a CPU the training's random numbers are the same without it
+        # On a CPU the training's random numbers are the same without it.
+        with torch.no_grad(), torch.random.fork_rng([]):
             mu, view_mu = (agent.actor(agent.encoder(x)) for x in (obs[:64], augment(obs[:64], args)))
             once["view_distance"] = (mu - view_mu).abs().mean()
         trained = [p for p in agent.encoder.parameters() if p.requires_grad]
@@ -702,13 +697,12 @@ def play_episode(agent, env, args, device, seed, frames=None):
 
 def evaluate(agent, args, device, global_step, folder):
     """Plays episodes, writes evaluation.json and on request a GIF, and returns the averages by metric name."""
-    env, returns, lengths, frames = make_env(args), [], [], []
+    env, episodes, frames = make_env(args), [], []
     seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes)  # of this seed alone
     for i, seed in enumerate(seeds.tolist()):
-        total, length = play_episode(agent, env, args, device, seed, frames if args.capture_video and not i else None)
-        returns.append(total)
-        lengths.append(length)
+        episodes.append(play_episode(agent, env, args, device, seed, frames if args.capture_video and not i else None))
     env.close()
+    returns, lengths = zip(*episodes)
     metrics = {"eval/greedy_return": float(np.mean(returns)), "eval/greedy_length": float(np.mean(lengths))}
     results = {"global_step": global_step, "env_id": args.env_id, "return": returns, "length": lengths}
     write_atomically(folder / "evaluation.json", json.dumps(results | {"metrics": metrics}, indent=1).encode())
@@ -726,11 +720,9 @@ def write_gif(path, frames):
 
 # --- Run folder ------------------------------------------------------------------------------------------------------
 def make_run_folder(args):
-    """runs/<env>__<exp>__<seed>__<time> with args.json in it, even where several runs start in one second."""
-    name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    folder = Path(args.runs_dir) / name
-    while folder.exists():  # another run of this second
-        folder = folder.with_name(folder.name + "_")
+    """runs/<env>__<exp>__<seed>__<time> with args.json in it; time is in microseconds, as runs may start together."""
+    name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}")
+    folder = Path(args.runs_dir).expanduser() / name
     folder.mkdir(parents=True)
     arguments = {key: value for key, value in asdict(args).items() if key != "resume"}
     write_atomically(folder / "args.json", json.dumps(arguments, indent=2).encode())
@@ -747,18 +739,22 @@ def write_atomically(path, data):
     os.replace(temporary, path)
 
 
-def write_metrics(path, rows):
-    """CSV of rows [{column: number}]; a column is there as soon as a row has it."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+def append_metrics(path, row):
+    """Appends a row {column: number} to a CSV file. A column that is new, a rare thing, has the file written anew."""
+    with open(path, "a+") as file:
+        file.seek(0)
+        columns = re.findall(r"[^,\n]+", file.readline())
+        if new := [column for column in row if column not in columns]:
+            rows = file.read().replace("\n", "," * len(new) + "\n")
+            write_atomically(path, (",".join(columns + new) + "\n" + rows).encode())
+            return append_metrics(path, row)
+        print(*(row.get(column, "") for column in columns), sep=",", file=file, flush=True)
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(folder, device):
     """The checkpoint of a run folder, None before the first one. Never unpickles code. Raises SystemExit if damaged."""
-    path = Path(folder) / "checkpoint.pt"
+    path = Path(folder).expanduser() / "checkpoint.pt"
     if not path.exists():
         return None
     if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # its checksums: torch.load looks at none
@@ -777,9 +773,9 @@ def set_up(args):
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     # Keep freed memory: else glibc maps every large activation anew, which costs an update a third more.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(option, value)
+    libc = ctypes.CDLL(None)  # the options are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD; without glibc there is none
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)) if hasattr(libc, "mallopt") else ():
+        libc.mallopt(option, value)
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
@@ -790,7 +786,7 @@ def make_optimizers(agent, learning_rate):
     return torch.optim.Adam(critic, lr=learning_rate, fused=True), torch.optim.Adam(actor, lr=learning_rate, fused=True)
 
 
-def train(args):
+def train(args, script=__file__):
     """One whole run. Returns its folder. Raises SystemExit, naming the flag and the remedy, where none is possible."""
     total_steps, seed_steps = args.total_frames // args.action_repeat, args.seed_frames // args.action_repeat
     if math.ceil(max(seed_steps, 1) / args.update_every) * args.update_every >= total_steps:
@@ -807,12 +803,22 @@ def train(args):
     encoder = make_encoder(args, obs_shape, args.frame_stack, resuming=state is not None)
     agent = Agent(args, encoder, obs_shape, num_actions).to(device, memory_format=torch.channels_last)
     critic_optimizer, actor_optimizer = make_optimizers(agent, args.learning_rate)
-    folder = Path(args.resume) if args.resume else make_run_folder(args)
+    folder = Path(args.resume).expanduser() if args.resume else make_run_folder(args)
+    try:  # The file stays open: the system unlocks it when this process ends, be it by a kill.
+        fcntl.lockf(os.open(folder / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # Another error comes from a mount that has no locks.
+            raise SystemExit(f"--resume {folder}: another process is at work in it; wait for its end") from None
     if state and step < total_steps and not (folder / "replay.bin").exists():
         raise SystemExit(f"--resume {folder}: replay.bin is missing; start the run anew")
+    if args.track:
+        import wandb
+
+        about = {"project": args.wandb_project_name, "name": folder.name, "id": folder.name, "config": asdict(args)}
+        wandb.init(**about, resume="allow", sync_tensorboard=True)
     num_rows = min(args.replay_size, total_steps + total_steps // 100 + 1000)  # an episode's first image has one too
     replay = Replay(folder / "replay.bin", num_rows, frame_shape, num_actions, args.seed)
-    rows, seconds = [], 0.0  # rows of metrics.csv
+    row, rows_before, seconds = [state[name] for name in ("row", "rows_before", "seconds")] if state else ({}, 0, 0.0)
     if state:
         agent.load_state_dict(state["agent"])
         critic_optimizer.load_state_dict(state["critic_optimizer"])
@@ -823,31 +829,37 @@ def train(args):
         replay.set_state(state["replay"])
         if state["env"]:
             env.unwrapped.set_state(state["env"])
-        rows, seconds = state["rows"], state["seconds"]
 
-    resume = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+    cmd = shlex.join(["python", script, "--resume", str(folder)])
     print(f"replay buffer: {replay.data.nbytes / 2**20:,.0f} MiB")
-    print(f"run folder: {folder}\nafter a kill: {resume}", flush=True)
-    if args.track:
-        import wandb
-
-        about = {"project": args.wandb_project_name, "name": folder.name, "id": folder.name, "config": asdict(args)}
-        wandb.init(**about, resume="allow", sync_tensorboard=True)
-    # What a killed run logged from its checkpoint on is dropped.
+    print(f"device: {device}, {torch.get_num_threads()} threads\nrun folder: {folder}\nafter a kill: {cmd}", flush=True)
+    # What a killed run logged from its checkpoint on is dropped. In metrics.csv the columns' names are the first line.
+    for path in folder.glob("metrics.csv"):
+        write_atomically(path, b"".join(path.read_bytes().splitlines(keepends=True)[: 1 + rows_before]))
     writer = SummaryWriter(folder, purge_step=step * args.action_repeat if args.resume else None)
-    writer.add_text("hyperparameters", "\n".join(f"    {key} {value}" for key, value in asdict(args).items()))
     bar = tqdm(
         initial=step * args.action_repeat, total=total_steps * args.action_repeat, unit="frame", unit_scale=True,
         file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
     )  # fmt: skip
-    evaluation_due = bool(rows) and state["evaluation_due"]
+    evaluation_due = bool(state) and state["evaluation_due"]
     while True:  # an episode a time
-        # After the checkpoint, as it can take long: a run that is killed in it comes back to it at once.
+        if step == total_steps:
+            env.close()  # a simulator may be there once only
+            tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
+            write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
+            save_encoder(
+                folder / "encoder.safetensors", encoder, observation_shape=json.dumps(obs_shape), seed=args.seed,
+                environment=args.env_id, objective=f"rl (drqv2, ssl {args.ssl})", steps=row["global_step"],
+            )  # fmt: skip
+            (folder / "replay.bin").unlink(missing_ok=True)  # it is there to resume a run, and this one is finished
+        # After checkpoint and weights, as it can take long, and fail: a run that ends in it comes back to it at once.
         if evaluation_due:
-            rows[-1] |= evaluate(agent, args, device, step * args.action_repeat, folder)
-            write_metrics(folder / "metrics.csv", rows)
-        for name, number in rows[-1].items() if rows else ():
-            writer.add_scalar(name, number, rows[-1]["global_step"])
+            row |= evaluate(agent, args, device, row["global_step"], folder)
+        if row:
+            append_metrics(folder / "metrics.csv", row)
+            rows_before += 1
+        for name, number in row.items():
+            writer.add_scalar(name, number, row["global_step"])
         if step == total_steps:
             break
         began, first_step = time.perf_counter(), step
@@ -855,7 +867,8 @@ def train(args):
         replay.add(frame)
         obs, episode_return, done, history = np.concatenate([frame] * args.frame_stack), 0.0, False, []
         once = {}
-        while not done and step < total_steps:
+        # One that outgrows the ring, and so can't be sampled, is given up.
+        while not done and step < total_steps and replay.head - replay.start <= replay.rows:
             std = stddev_schedule(step, args.stddev_start, args.stddev_end, args.stddev_steps)
             if step < args.explore_steps:
                 action = torch.rand(env.action_space.shape).mul(2).sub(1).numpy()
@@ -872,46 +885,34 @@ def train(args):
             bar.update(args.action_repeat)
         seconds += time.perf_counter() - began
 
-        before, after = first_step * args.action_repeat, step * args.action_repeat  # frames
+        before, after, last = first_step * args.action_repeat, step * args.action_repeat, step == total_steps  # frames
+        if not critic_optimizer.state and (last or not done or truncated and step - first_step < args.nstep):
+            (folder / "replay.bin").unlink()
+            raise SystemExit("--nstep, --replay-size: no episode ended that is longer than the one and fits the other")
         row = {"global_step": after, "charts/SPS": after / seconds, "charts/stddev": std}
+        replay.end_episode(args.nstep)
         if done:
-            replay.end_episode(args.nstep)
             row["charts/episodic_return"], row["charts/episodic_length"] = episode_return, step - first_step
             row["charts/replay_steps"] = sum(steps for _, steps in replay.episodes)
             bar.set_postfix({"return": f"{episode_return:.1f}"}, refresh=False)
         numbers = mean_statistics(history) | {name: value.item() for name, value in once.items()}
         row |= {f"losses/{name}": number for name, number in numbers.items()}
-        rows.append(row)
         intervals = args.eval_interval, args.checkpoint_interval
-        evaluation_due, checkpoint_due = (bool(k) and after // k > before // k for k in intervals)
-        evaluation_due |= step == total_steps
+        evaluation_due, checkpoint_due = (last or k > 0 and after // k > before // k for k in intervals)
+        evaluation_due &= args.eval_episodes > 0
         if evaluation_due or checkpoint_due:
             state = {
-                "step": step, "evaluation_due": evaluation_due, "rows": rows, "seconds": seconds,
-                "agent": agent.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
+                "step": step, "evaluation_due": evaluation_due, "row": row, "rows_before": rows_before,
+                "seconds": seconds, "agent": agent.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
                 "actor_optimizer": actor_optimizer.state_dict(), "replay": replay.get_state(),
                 "env": getattr(env.unwrapped, "get_state", lambda: None)(), "torch_rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
             }  # fmt: skip
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
+            torch.save(state, buffer := io.BytesIO())
             write_atomically(folder / "checkpoint.pt", buffer.getvalue())
-            write_metrics(folder / "metrics.csv", rows)
     bar.close()
     writer.close()
-    env.close()
-    if not any("losses/critic_loss" in row for row in rows):
-        limits = "ended that is longer than --nstep and fits into --replay-size"
-        raise SystemExit(f"--total-frames {args.total_frames}: no episode {limits}, so nothing was trained")
-    tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
-    save_encoder(
-        folder / "encoder.safetensors", encoder, observation_shape=json.dumps(obs_shape), environment=args.env_id,
-        objective=f"rl (drqv2, ssl {args.ssl})", steps=rows[-1]["global_step"], seed=args.seed,
-    )  # fmt: skip
-    (folder / "replay.bin").unlink(missing_ok=True)  # it is there to resume a run, and this one is finished
-    scores = {name.removeprefix("eval/"): score for name, score in rows[-1].items() if name.startswith("eval/")}
-    print("evaluation:", ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+    print("evaluation:", ", ".join(f"{key[5:]} {score:.3f}" for key, score in row.items() if "eval/" in key) or "none")
     return folder
 
 

@@ -14,14 +14,12 @@ PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
 That is `--ssl-teacher view --projector mlp`. By default the policy that acts teaches an augmented view what it does in
 the state itself, which is the policy term of DrAC (Raileanu et al. 2021, arXiv 2006.12862).
-Top to bottom: arguments, environments, networks, encoder weights, losses, rollout and update, evaluation, run folder,
-training. The file needs no other one of this repository but the encoder weights (.safetensors).
+The file needs no other one of this repository but the encoder weights (.safetensors).
 """
 
-import contextlib
-import csv
 import ctypes
 import difflib
+import fcntl
 import importlib.util
 import io
 import json
@@ -137,11 +135,10 @@ def parse_args(argv=None):
     # A first look, as the environment or the run decides on the defaults of everything else.
     first, _ = tyro.cli(Args, args=[w for w in argv if w not in ("-h", "--help")], return_unknown_args=True)
     if first.resume is None:
-        matching = [settings for pattern, settings in DEFAULTS if re.fullmatch(pattern, first.env_id)]
-        own = {key: value for settings in matching for key, value in settings.items()}
+        own = {k: v for pattern, more in DEFAULTS if re.fullmatch(pattern, first.env_id) for k, v in more.items()}
         return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **own), description=__doc__)
     try:
-        saved = Args(**json.loads((Path(first.resume) / "args.json").read_text()), resume=first.resume)
+        saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()), resume=first.resume)
     except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"--resume {first.resume}: not a run folder of this script ({error})") from None
     if tyro.cli(Args, args=argv, default=saved, description=__doc__) != saved:
@@ -484,7 +481,7 @@ def load_encoder(path, encoder):
     """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
     Raises SystemExit where the file is missing, damaged, or of another encoder."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
@@ -739,12 +736,12 @@ def update(agent, optimizer, rollout, next_value, args):
             break
     with torch.no_grad(), torch.random.fork_rng([]):  # on a CPU the training's random numbers are the same without it
         states = rollout.obs.flatten(0, 1)[mb_inds[:64]].movedim(-1, 1)
-        action, view_action = (agent(obs)[0].argmax(-1) for obs in (states, augment(states, args)))
-        once["view_agreement"] = (action == view_action).float().mean()
+        logits, view_logits = (agent(obs)[0] for obs in (states, augment(states, args)))
+        once["view_agreement"] = (logits.argmax(-1) == view_logits.argmax(-1)).float().mean()
     # The only wait for the device: one transfer of all statistics.
     means = torch.stack([torch.stack(list(stats.values())) for stats in history]).mean(dim=0)
     means = dict(zip([*history[0], *once], torch.cat([means, torch.stack(list(once.values()))]).tolist()))
-    if not all(math.isfinite(mean) for mean in means.values()):
+    if not all(math.isfinite(mean) for mean in means.values()) or not logits.isfinite().all():
         raise SystemExit("the loss is not finite; try a smaller --learning-rate or --ssl-coef")
     y_pred, y_true = rollout.values.cpu().flatten()[valid_inds], returns.flatten()[valid_inds]
     means["explained_variance"] = float(1 - (y_true - y_pred).var(correction=0) / y_true.var(correction=0))
@@ -818,11 +815,9 @@ def write_gif(path, frames):
 
 # --- Run folder ------------------------------------------------------------------------------------------------------
 def make_run_folder(args):
-    """runs/<env>__<exp>__<seed>__<time> with args.json in it, even where several runs start in one second."""
-    name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    folder = Path(args.runs_dir) / name
-    while folder.exists():  # another run of this second
-        folder = folder.with_name(folder.name + "_")
+    """runs/<env>__<exp>__<seed>__<time> with args.json in it; time is in microseconds, as runs may start together."""
+    name = re.sub(r"[^\w.-]+", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1000}")
+    folder = Path(args.runs_dir).expanduser() / name
     folder.mkdir(parents=True)
     arguments = {key: value for key, value in asdict(args).items() if key != "resume"}
     write_atomically(folder / "args.json", json.dumps(arguments, indent=2).encode())
@@ -839,18 +834,22 @@ def write_atomically(path, data):
     os.replace(temporary, path)
 
 
-def write_metrics(path, rows):
-    """CSV of rows [{column: number}]; a column is there as soon as a row has it."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+def append_metrics(path, row):
+    """Appends a row {column: number} to a CSV file. A column that is new, a rare thing, has the file written anew."""
+    with open(path, "a+") as file:
+        file.seek(0)
+        columns = re.findall(r"[^,\n]+", file.readline())
+        if new := [column for column in row if column not in columns]:
+            rows = file.read().replace("\n", "," * len(new) + "\n")
+            write_atomically(path, (",".join(columns + new) + "\n" + rows).encode())
+            return append_metrics(path, row)
+        print(*(row.get(column, "") for column in columns), sep=",", file=file, flush=True)
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(folder, device):
     """The checkpoint of a run folder, None before the first one. Never unpickles code. Raises SystemExit if damaged."""
-    path = Path(folder) / "checkpoint.pt"
+    path = Path(folder).expanduser() / "checkpoint.pt"
     if not path.exists():
         return None
     if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # its checksums: torch.load looks at none
@@ -869,13 +868,13 @@ def set_up(args):
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     # Keep freed memory: else glibc maps every large activation anew, which costs an update a third more.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(option, value)
+    libc = ctypes.CDLL(None)  # the options are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD; without glibc there is none
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)) if hasattr(libc, "mallopt") else ():
+        libc.mallopt(option, value)
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-def train(args):
+def train(args, script=__file__):
     """One whole run. Returns its folder. Raises SystemExit, naming the flag and the remedy, where none is possible."""
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
@@ -894,41 +893,46 @@ def train(args):
     agent = Agent(args, encoder, envs.obs_shape, envs.num_actions).to(device, memory_format=torch.channels_last)
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=True)
-    rows, episodes, seconds = [], [], 0.0  # rows of metrics.csv, the latest finished episodes
+    row, episodes, seconds = [state[name] for name in ("row", "episodes", "seconds")] if state else ({}, [], 0.0)
     if state:
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"].cpu())
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-        rows, episodes, seconds = state["rows"], state["episodes"], state["seconds"]
     next_obs = envs.set_state(state["envs"]) if state else envs.reset()  # (N, C, H, W) uint8
     next_obs = torch.from_numpy(next_obs).to(device, memory_format=torch.channels_last, copy=True)
-    folder = Path(args.resume) if args.resume else make_run_folder(args)
-    resume = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
-    print(f"run folder: {folder}\nafter a kill: {resume}", flush=True)
+    folder = Path(args.resume).expanduser() if args.resume else make_run_folder(args)
+    try:  # The file stays open: the system unlocks it when this process ends, be it by a kill.
+        fcntl.lockf(os.open(folder / "args.json", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # Another error comes from a mount that has no locks.
+            raise SystemExit(f"--resume {folder}: another process is at work in it; wait for its end") from None
+    cmd = shlex.join(["python", script, "--resume", str(folder)])
+    print(f"device: {device}, {torch.get_num_threads()} threads\nrun folder: {folder}\nafter a kill: {cmd}", flush=True)
     if args.track:
         import wandb
 
         about = {"project": args.wandb_project_name, "name": folder.name, "id": folder.name, "config": asdict(args)}
         wandb.init(**about, resume="allow", sync_tensorboard=True)
-    # What a killed run logged from its checkpoint on is dropped.
+    # What a killed run logged from its checkpoint on is dropped. In metrics.csv the columns' names are the first line.
+    for path in folder.glob("metrics.csv"):
+        write_atomically(path, b"".join(path.read_bytes().splitlines(keepends=True)[: max(start, 1)]))
     writer = SummaryWriter(folder, purge_step=start * batch_size if args.resume else None)
-    writer.add_text("hyperparameters", "\n".join(f"    {key} {value}" for key, value in asdict(args).items()))
     bar = tqdm(
         initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True, file=sys.stdout,
         mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
     )  # fmt: skip
-    eval_interval, checkpoint_interval = args.eval_interval or math.inf, args.checkpoint_interval or math.inf
-    for iteration in range(start, num_iterations + 1):
-        global_step = iteration * batch_size
-        evaluation_due = iteration == num_iterations or 0 < iteration and global_step % eval_interval < batch_size
+    eval_every, checkpoint_every = (k if k > 0 else math.inf for k in (args.eval_interval, args.checkpoint_interval))
+    for iteration in range(start or 1, num_iterations + 1):
+        global_step, last = iteration * batch_size, iteration == num_iterations
+        evaluation_due = args.eval_episodes > 0 and (last or global_step % eval_every < batch_size)
         if iteration > start:
             began = time.perf_counter()
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1.0 - (iteration - 1.0) / num_iterations) * args.learning_rate
             rollout, next_obs, next_value, ended = collect_rollout(agent, envs, next_obs, args)
-            losses = update(agent, optimizer, rollout, next_value, args)
+            losses = update(agent, optimizer, rollout, next_value, args) if rollout.valid.any() else {}
             episodes = (episodes + ended)[-100:]
             seconds += time.perf_counter() - began
             row = {"global_step": global_step, "charts/SPS": global_step / seconds}
@@ -939,36 +943,34 @@ def train(args):
                 bar.set_postfix({"return": f"{row['charts/episodic_return']:.2f}"}, refresh=False)
             if episodes and envs.is_jump:
                 row["charts/success"] = float(np.mean([episode["success"] for episode in episodes]))
-            rows.append(row | {f"losses/{name}": value for name, value in losses.items()})
+            row |= {f"losses/{name}": value for name, value in losses.items()}
             bar.update(batch_size)
-            if evaluation_due or iteration % checkpoint_interval == 0:
+            if last or evaluation_due or iteration % checkpoint_every == 0:
                 state = {
                     "iteration": iteration, "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
-                    "envs": envs.get_state(), "rows": rows, "episodes": episodes, "seconds": seconds,
+                    "envs": envs.get_state(), "row": row, "episodes": episodes, "seconds": seconds,
                     "torch_rng": torch.get_rng_state(),
                     "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 }  # fmt: skip
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
+                torch.save(state, buffer := io.BytesIO())
                 write_atomically(folder / "checkpoint.pt", buffer.getvalue())
-                write_metrics(folder / "metrics.csv", rows)
-        # After the checkpoint, as it can take long: a run that is killed in it comes back to it at once.
+        if last:
+            envs.envs.close()  # a simulator may be there once only
+            tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
+            write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
+            save_encoder(
+                folder / "encoder.safetensors", encoder, environment=args.env_id, objective=f"rl (ppo, ssl {args.ssl})",
+                tasks=args.jump_tasks if envs.is_jump else "", steps=global_step, seed=args.seed,
+            )  # fmt: skip
+        # After checkpoint and weights, as it can take long, and fail: a run that ends in it comes back to it at once.
         if evaluation_due:
-            rows[-1] |= evaluate(agent, args, device, global_step, folder)
-            write_metrics(folder / "metrics.csv", rows)
-        for name, number in rows[-1].items() if rows else ():
+            row |= evaluate(agent, args, device, global_step, folder)
+        append_metrics(folder / "metrics.csv", row)
+        for name, number in row.items():
             writer.add_scalar(name, number, global_step)
     bar.close()
     writer.close()
-    envs.envs.close()
-    tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
-    save_encoder(
-        folder / "encoder.safetensors", encoder, environment=args.env_id, objective=f"rl (ppo, ssl {args.ssl})",
-        tasks=args.jump_tasks if envs.is_jump else "", steps=global_step, seed=args.seed,
-    )  # fmt: skip
-    scores = {name.removeprefix("eval/"): score for name, score in rows[-1].items() if name.startswith("eval/")}
-    print("evaluation:", ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+    print("evaluation:", ", ".join(f"{key[5:]} {score:.3f}" for key, score in row.items() if "eval/" in key) or "none")
     return folder
 
 

@@ -16,8 +16,7 @@
 `--objective rl` is the way of Arnold and Sha, arXiv 2302.06009: the algorithm trains from random weights, without a
 self-supervised loss and without frozen layers, and its heads are discarded. `state` is supervised regression from
 images to the true state, `simsiam` (X. Chen and K. He 2021, arXiv 2011.10566) needs images alone. `--objective state
---help` shows the flags of these two, the algorithms' own --help those that rl passes on. Top to bottom: arguments,
-data, networks and objectives, training, weights file, reinforcement learning, main.
+--help` shows the flags of these two, the algorithms' own --help those that rl passes on.
 
 `--frames` is a folder. Its images, of all formats that Pillow reads, make one sequence, frame_2 before frame_10;
 transparency is dropped. Every animation is one more, and every array in its .npy and .npz files: uint8 of shape
@@ -73,7 +72,7 @@ class FrameArgs(Args):
     torch_deterministic: bool = True  # ask cuDNN for deterministic algorithms
     torch_threads: int = 0  # CPU threads of PyTorch (0: PyTorch's own choice, one per physical core)
     bf16: bool = False  # compute the encoder in bfloat16; faster on GPUs and on CPUs with AMX, slower on others
-    eval_interval: int = 250  # updates between two evaluations on the held-out data
+    eval_interval: int = 250  # updates between two evaluations on the held-out data (0: only at the end)
 
     # Data
     jump_tasks: str = ""  # Jump-v0: a set's name or a list of obstacle:floor (default: the grid without the targets)
@@ -405,9 +404,7 @@ def evaluate(model, data, targets, rows, args, device):
 
 def fit(args, model, data, targets, train_rows, held_out, device):
     """Trains to the target or to the last update. Returns a row {step, losses/train, eval/...} for each evaluation.
-
-    targets (N, D) float32; train_rows and held_out: rows of the data, int64. Raises SystemExit.
-    """
+    targets (N, D) float32; train_rows and held_out: rows of the data, int64. Raises SystemExit."""
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
     history, losses = [], []
     with tqdm(total=args.total_steps, file=sys.stdout, dynamic_ncols=True, disable=None) as bar:
@@ -419,7 +416,7 @@ def fit(args, model, data, targets, train_rows, held_out, device):
             optimizer.step()
             losses.append(loss.detach())
             bar.update()
-            if step % args.eval_interval and step < args.total_steps:
+            if (args.eval_interval <= 0 or step % args.eval_interval) and step < args.total_steps:
                 continue
             score = evaluate(model, data, targets, held_out, args, device)
             history.append({"step": step, "losses/train": torch.stack(losses).mean().item()})
@@ -445,7 +442,8 @@ def pretrain_on_images(args):
     encoder = algorithm.Encoder(args, data.obs_shape)
     width = encoder.eval()(torch.zeros(1, *data.obs_shape, dtype=torch.uint8)).numel()
     model = SimSiam(encoder, width, args) if args.objective == "simsiam" else StateModel(encoder, width, data.names)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    print(f"device: {device}, {torch.get_num_threads()} threads")
     print(f"{len(train_rows):,} observations {data.obs_shape} for training, {len(held_out):,} held out", flush=True)
     targets = standardise(data.states, train_rows) if args.objective == "state" else data.states
     last = fit(args, model, data, targets, train_rows, held_out, device)[-1]
@@ -465,7 +463,8 @@ def output_path(args, algorithm, algorithm_args):
     """Where the weights go, a place that may be written. Raises SystemExit where something is in the way."""
     name = re.sub(r"[^\w.-]+", "-", algorithm_args.env_id).lower()
     architecture = algorithm_args.encoder if algorithm is ppo_pisco else "drqv2"
-    path = Path(args.output or ppo_pisco.ENCODERS / f"{name}__{architecture}__{args.objective}.safetensors")
+    path = args.output or ppo_pisco.ENCODERS / f"{name}__{architecture}__{args.objective}.safetensors"
+    path = Path(path).expanduser()
     if path.exists() and not (args.force and path.is_file()):  # --force must not replace a device
         raise SystemExit(f"--output {path}: exists; name another file, or replace a regular one with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -504,7 +503,7 @@ def pretrain_rl(args, further):
     """Trains with ppo_pisco.py or drqv2_pisco.py and keeps the encoder. `further` flags go to the algorithm and beat
     those given here. Returns the weights file's path. Raises SystemExit."""
     if args.resume:
-        saved = Path(args.resume) / "args.json"
+        saved = Path(args.resume).expanduser() / "args.json"
         algorithm = drqv2_pisco if saved.is_file() and "total_frames" in saved.read_text() else ppo_pisco
         flags = ["--resume", args.resume]
     else:
@@ -514,8 +513,9 @@ def pretrain_rl(args, further):
         flags += JUMP_SOURCE if args.env_id == "Jump-v0" else []
     algorithm_args = algorithm.parse_args([*flags, *further])
     path = output_path(args, algorithm, algorithm_args)  # before the training, not after it
-    folder = algorithm.train(algorithm_args)
-    encoder, score = folder / "encoder.safetensors", json.loads((folder / "evaluation.json").read_text())["metrics"]
+    folder = algorithm.train(algorithm_args, __file__)
+    encoder, evaluation = folder / "encoder.safetensors", folder / "evaluation.json"
+    score = json.loads(evaluation.read_text())["metrics"] if evaluation.exists() else {}  # --eval-episodes 0
     metadata = read_metadata(encoder) | {"score": json.dumps(score)}
     if algorithm_args.ssl == "none":  # the usual case; another loss stays named
         metadata["objective"] = "rl"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
-from ppo_pisco import JumpVectorEnv, parse_jump_tasks, write_metrics  # noqa: E402
+from ppo_pisco import JumpVectorEnv, parse_jump_tasks  # noqa: E402
 from pretrain_encoder import JUMP_STATE, Data, choose_algorithm, dmc_data, jump_data, jump_states  # noqa: E402
 
 
@@ -336,7 +336,8 @@ def main(argv=None):
     for seed in range(args.seed + 1, args.seed + 1 + args.num_random):
         torch.manual_seed(seed)
         runs[f"random {seed}"] = probe_encoder(make_random(), data, is_source, f"random {seed}")
-    write_metrics(folder / "probe.csv", [{"encoder": who, **row} for who, rows in runs.items() for row in rows])
+    rows = [{"encoder": who, **row} for who, rows in runs.items() for row in rows]
+    (folder / "probe.csv").write_text("".join(",".join(map(str, r)) + "\n" for r in (rows[0], *map(dict.values, rows))))
     results, *random = runs.values()
     control = average(random)
     count, reason = recommend(results, control, args.tolerance)

@@ -123,6 +123,14 @@ def kill_at(monkeypatch, owner, name, nth, first=lambda *args: None):
     monkeypatch.setattr(owner, name, deadly)
 
 
+def tear(fd):
+    """Leaves half of what is being written, as a kill in the midst of it would: of a new file, or of a row added
+    to metrics.csv."""
+    path, size = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size
+    is_row = path.endswith("metrics.csv")
+    os.ftruncate(fd, size - len(Path(path).read_bytes().splitlines()[-1]) // 2 if is_row else size // 2)
+
+
 def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import IMPORTING, ROOT, Killed, encoder_file, evaluation, kill_at, metrics
+from conftest import IMPORTING, ROOT, Killed, encoder_file, evaluation, kill_at, metrics, snapshot, tear
 from drqv2_common import (
     TinyControl,
     TinyResumable,
@@ -273,7 +273,8 @@ def test_manipulation():
      ("darwin", None, None, None)],
 )  # fmt: skip
 def test_renderer(monkeypatch, platform, display, before, after):
-    """EGL where there is no display and the user has not chosen. An unknown task ends it before anything is loaded."""
+    """EGL where the user has not chosen, with a display too, which may be dead. An unknown task ends it before anything
+    is loaded."""
     monkeypatch.setattr(sys, "platform", platform)
     for name, value in (("DISPLAY", display), ("MUJOCO_GL", before)):
         monkeypatch.setenv(name, value or "")
@@ -498,7 +499,7 @@ def test_what_is_printed(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "layer  1      2,624 parameters  frozen" in text and "layer  2      9,248 parameters  trained" in text
     assert f"run folder: {folder}" in text and f" --resume {folder}\n" in text
-    assert "evaluation: greedy_return " in text
+    assert "evaluation: greedy_return " in text and "\ndevice: cpu, 1 threads\n" in text
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
@@ -550,24 +551,97 @@ def test_row_and_checkpoint_are_there_before_an_evaluation(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         kill_at(patch, drqv2_pisco, "evaluate", 2)
         folder = train_until_killed(tmp_path)
-    rows = metrics(folder)
-    assert [row["global_step"] for row in rows] == ["40", "78", "118", "158", "196", "236"]
-    assert not rows[-1]["eval/greedy_return"] and rows[2]["eval/greedy_return"]
-    assert drqv2_pisco.load_checkpoint(folder, "cpu")["step"] == 236 // 2
+    rows, checkpoint = metrics(folder), drqv2_pisco.load_checkpoint(folder, "cpu")
+    assert [row["global_step"] for row in rows] == ["40", "78", "118", "158", "196"] and rows[2]["eval/greedy_return"]
+    assert checkpoint["step"] == 236 // 2 and checkpoint["row"]["global_step"] == 236
     calls, real = [], drqv2_pisco.evaluate
     monkeypatch.setattr(drqv2_pisco, "evaluate", lambda *args: calls.append(args[3]) or real(*args))
     assert_same_end(resume(folder), finished)
     assert calls == [236, 240]
 
 
+def test_weights_are_there_before_the_last_evaluation(tmp_path, monkeypatch, finished):
+    """Which may fail: the run's work is not lost, and the evaluation is tried again."""
+
+    def fail(*args):
+        raise OSError("the port is in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drqv2_pisco, "evaluate", fail)
+        with pytest.raises(OSError, match="port"):
+            train(tmp_path, "--eval-interval 0")
+        (folder,) = tmp_path.glob("*")
+        for _ in range(2):
+            assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+            assert (folder / "encoder.safetensors").exists() and not (folder / "evaluation.json").exists()
+            with pytest.raises(OSError, match="port"):
+                resume(folder)
+    assert evaluation(resume(folder)) == evaluation(finished) and metrics(folder)[-1] == metrics(finished)[-1]
+
+
+OFF = {"--eval-episodes 0": 0, "--eval-episodes -1": 0, "--eval-interval -1": 1}
+
+
+@pytest.mark.parametrize("flags, count", OFF.items())
+def test_evaluations_can_be_switched_off(tmp_path, monkeypatch, capsys, finished, flags, count):
+    calls, real = [], drqv2_pisco.evaluate
+    monkeypatch.setattr(drqv2_pisco, "evaluate", lambda *args: calls.append(args) or real(*args))
+    folder = train(tmp_path, f"{flags} --checkpoint-interval -1")
+    assert len(calls) == count and (folder / "evaluation.json").exists() == bool(count)
+    assert ("\nevaluation: none\n" in capsys.readouterr().out) == (not count)
+    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert len(metrics(folder)) == len(metrics(finished))
+
+
+def test_home_folder(tmp_path, monkeypatch, finished):
+    """A shell leaves the ~ of `--runs-dir=~/runs` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(finished / "encoder.safetensors", tmp_path)
+    with monkeypatch.context() as patch:
+        kill_at(patch, drqv2_pisco, "update", 3)
+        folder = train_until_killed(tmp_path / "runs", "--encoder-weights=~/encoder.safetensors --runs-dir=~/runs")
+    again = f"~/runs/{folder.name}"
+    drqv2_pisco.train(drqv2_pisco.parse_args([f"--resume={again}"]))
+    assert (folder / "model.safetensors").exists() and not (tmp_path / "~").exists()
+
+
+def test_resume_line_of_a_notebook(tmp_path, monkeypatch, capsys):
+    """Where sys.argv is that of the notebook's kernel."""
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
+    folder = train(tmp_path, "--total-frames 80")
+    assert f"\nafter a kill: python {drqv2_pisco.__file__} --resume {folder}\n" in capsys.readouterr().out
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    def lockf(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    assert (train(tmp_path, "--total-frames 80") / "model.safetensors").exists()
+
+
+def test_last_evaluation_has_the_simulator_to_itself(tmp_path, monkeypatch):
+    opened = []
+
+    class Single(TinyResumable):
+        def __init__(self):
+            super().__init__()
+            assert not opened
+            opened.append(self)
+
+        def close(self):
+            opened.remove(self)
+
+    use(monkeypatch, lambda args: Single())
+    assert evaluation(train(tmp_path, "--eval-interval 0"))["length"] == [20] and not opened
+
+
 # --- Resume ----------------------------------------------------------------------------------------------------------
-def halve(fd):
-    os.truncate(fd, os.fstat(fd).st_size // 2)
-
-
-# Every file that a tiny run writes: its arguments; a checkpoint and its metrics at 118, 196, 236 and 240 frames; an
-# evaluation and its metrics at 118, 236 and 240; the weights of the agent and of the encoder.
-WRITES = 1 + 4 * 2 + 3 * 2 + 2
+# What a tiny run writes anew: its arguments; checkpoints at 118, 196, 236 and 240 frames; evaluations at 118, 236, 240;
+# metrics with the columns of the first row, the first losses and the first evaluation; the weights of the agent and of
+# the encoder. Besides, seven rows are added to the metrics.
+WRITES, ROWS = 1 + 4 + 3 + 3 + 2, 7
 
 MOMENTS = [
     ("before the first checkpoint", drqv2_pisco, "update", 2),
@@ -575,28 +649,29 @@ MOMENTS = [
     ("after the second checkpoint", drqv2_pisco, "update", 24),
     ("in a step", TinyControl, "step", 100),
     ("while a row is added", drqv2_pisco.Replay, "add", 90),
-    ("while metrics are written", drqv2_pisco, "write_metrics", 3),
+    ("before metrics are written", drqv2_pisco, "append_metrics", 3),
     ("in an evaluation", drqv2_pisco, "play_episode", 2),
     ("in the last evaluation", drqv2_pisco, "evaluate", 3),
     ("before the encoder is written", drqv2_pisco, "save_encoder", 1),
     *((f"before file {n} is renamed", os, "replace", n) for n in range(2, WRITES + 1)),
-    *((f"half of file {n} written", os, "fsync", n) for n in (2, 3, 4, 5, 6, 7, WRITES - 1, WRITES)),
+    *((f"half of file or row {n} written", os, "fsync", n) for n in (*range(2, 11), *range(14, WRITES + ROWS + 1))),
 ]
 
 
 @pytest.mark.parametrize("moment, owner, name, nth", MOMENTS, ids=[moment[0] for moment in MOMENTS])
 def test_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch, finished, moment, owner, name, nth):
     with monkeypatch.context() as patch:
-        kill_at(patch, owner, name, nth, first=halve if name == "fsync" else lambda *args: None)
+        kill_at(patch, owner, name, nth, first=tear if name == "fsync" else lambda *args: None)
         folder = train_until_killed(tmp_path)
     assert_same_end(resume(folder), finished)
 
 
 def test_every_write_is_one_of_these_moments(tmp_path, monkeypatch):
-    calls, real = [], os.replace
+    calls, synced, real, sync = [], [], os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append(paths) or real(*paths))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(fd) or sync(fd))
     train(tmp_path)
-    assert len(calls) == WRITES
+    assert len(calls) == WRITES and len(synced) == WRITES + ROWS
 
 
 def test_run_killed_again_and_again(tmp_path, monkeypatch, finished):
@@ -671,9 +746,14 @@ def test_kill_9_and_resume_in_processes_of_their_own(tmp_path, finished):
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("*/checkpoint.pt")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    (folder,) = tmp_path.glob("*")
+    before = snapshot(folder)
+    with pytest.raises(SystemExit, match=f"--resume {folder}: another process is at work in it"):
+        resume(folder)
+    assert snapshot(folder) == before
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it had not finished yet
-    (folder,) = tmp_path.glob("*")
     assert not (folder / "model.safetensors").exists()
     again = [sys.executable, "-c", code, "--resume", str(folder)]
     subprocess.run(again, env=IMPORTING, stdout=subprocess.DEVNULL, check=True)

@@ -272,6 +272,13 @@ def test_loss_that_is_not_finite(tmp_path):
     assert not list(tmp_path.glob("*/checkpoint.pt"))
 
 
+def test_last_minibatch_that_blows_up(tmp_path):
+    """No statistic of its own iteration shows it, and there may be no next one."""
+    flags = "--learning-rate 1e30 --num-minibatches 1 --update-epochs 1 --total-timesteps 32"
+    assert "not finite" in error_of(command(tmp_path, flags))
+    assert not list(tmp_path.glob("*/checkpoint.pt")) and not list(tmp_path.glob("*/model.safetensors"))
+
+
 BROKEN = """
 import gymnasium
 from conftest import TinyImage

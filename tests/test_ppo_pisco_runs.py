@@ -31,6 +31,8 @@ from conftest import (
     metrics,
     program,
     resume,
+    snapshot,
+    tear,
     train,
     train_until_killed,
 )  # fmt: skip
@@ -256,11 +258,21 @@ def test_run_folder(finished):
     }  # fmt: skip
     assert json.loads((finished / "args.json").read_text())["num_envs"] == 4
     assert finished.name.startswith("Jump-v0__ppo_pisco__1__")
-    assert torch.load(finished / "checkpoint.pt", weights_only=True)["iteration"] == 4
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert checkpoint["iteration"] == 4 and checkpoint["row"]["global_step"] == 128  # one row, however long the run is
 
 
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.5)
+def test_metrics_are_appended(tmp_path):
+    """Each row costs the same; a column that is new is filled up in the rows before."""
+    path, rows = tmp_path / "metrics.csv", [{"a": i, "b": -0.5 * i} for i in range(5)]
+    for row in [*rows, {"a": 5, "b": math.nan, "c": 1e-9}, {"c": 2, "a": 6}]:
+        inode = path.exists() and path.stat().st_ino
+        ppo_pisco.append_metrics(path, row)
+        assert (path.stat().st_ino == inode) == (row["a"] not in (0, 5))
+    assert path.read_text() == "a,b,c\n0,-0.0,\n1,-0.5,\n2,-1.0,\n3,-1.5,\n4,-2.0,\n5,nan,1e-09\n6,,2\n"
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
     folders, barrier = [], threading.Barrier(8)
 
     def make(seconds):
@@ -481,16 +493,17 @@ def test_gif_shows_the_newest_frame_of_a_stack(tmp_path):
 
 
 def test_evaluation_of_an_endless_environment_is_cut_off(tmp_path, capsys):
-    """The iteration's numbers and its checkpoint are on the disk before the evaluation begins."""
+    """The iteration's numbers are on the disk, in its checkpoint, before the evaluation begins."""
     flags = (
         "--env-id TinyImageEndless-v0 --eval-max-steps 7 --eval-episodes 2 --eval-interval 64 --checkpoint-interval 0"
     )
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, ppo_pisco, "evaluate", 2)
         folder = train_until_killed(tmp_path, flags)
-    assert [row["global_step"] for row in metrics(folder)] == ["32", "64", "96", "128"]
-    assert metrics(folder)[1]["eval/greedy_return"] == "70.0" and metrics(folder)[3]["eval/greedy_return"] == ""
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"] == 4
+    assert [row["global_step"] for row in metrics(folder)] == ["32", "64", "96"]
+    assert metrics(folder)[1]["eval/greedy_return"] == "70.0" and metrics(folder)[2]["eval/greedy_return"] == ""
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["iteration"] == 4 and checkpoint["row"]["global_step"] == 128
     capsys.readouterr()
     resume(folder)
     out = capsys.readouterr().out
@@ -514,42 +527,100 @@ def test_jump_cut_off_is_not_solved(tmp_path):
     assert found["eval/greedy_success"] == found["eval/sampled_unseen_success"] == 0.0
 
 
+def test_weights_are_there_before_the_last_evaluation(tmp_path, monkeypatch, finished):
+    """Which may fail: the run's work is not lost, and the evaluation is tried again."""
+
+    def fail(*args):
+        raise OSError("the port is in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_pisco, "evaluate", fail)
+        with pytest.raises(OSError, match="port"):
+            train(tmp_path, "--eval-interval 0")
+        (folder,) = tmp_path.glob("*")
+        for _ in range(2):
+            assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+            assert (folder / "encoder.safetensors").exists() and not (folder / "evaluation.json").exists()
+            with pytest.raises(OSError, match="port"):
+                resume(folder)
+    assert evaluation(resume(folder)) == evaluation(finished) and metrics(folder)[-1] == metrics(finished)[-1]
+
+
+OFF = {"--eval-episodes 0": 0, "--eval-episodes -1": 0, "--eval-interval -1": 1}
+
+
+@pytest.mark.parametrize("flags, count", OFF.items())
+def test_evaluations_can_be_switched_off(tmp_path, monkeypatch, capsys, finished, flags, count):
+    calls, real = [], ppo_pisco.evaluate
+    monkeypatch.setattr(ppo_pisco, "evaluate", lambda *args: calls.append(args) or real(*args))
+    folder = train(tmp_path, f"{flags} --checkpoint-interval -1")
+    assert len(calls) == count and (folder / "evaluation.json").exists() == bool(count)
+    assert ("\nevaluation: none\n" in capsys.readouterr().out) == (not count)
+    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert len(metrics(folder)) == len(metrics(finished))
+
+
+def test_home_folder(tmp_path, monkeypatch, finished):
+    """A shell leaves the ~ of `--runs-dir=~/runs` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(finished / "encoder.safetensors", tmp_path)
+    with monkeypatch.context() as patch:
+        kill_at(patch, ppo_pisco, "update", 3)
+        folder = train_until_killed(tmp_path / "runs", "--encoder-weights=~/encoder.safetensors --runs-dir=~/runs")
+    again = f"~/runs/{folder.name}"
+    ppo_pisco.train(ppo_pisco.parse_args([f"--resume={again}"]))
+    assert (folder / "model.safetensors").exists() and not (tmp_path / "~").exists()
+
+
+def test_resume_line_of_a_notebook(tmp_path, monkeypatch, capsys):
+    """Where sys.argv is that of the notebook's kernel."""
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
+    folder = train(tmp_path, "--total-timesteps 32")
+    assert f"\nafter a kill: python {ppo_pisco.__file__} --resume {folder}\n" in capsys.readouterr().out
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    def lockf(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    assert (train(tmp_path, "--total-timesteps 32") / "model.safetensors").exists()
+
+
 # --- Resume ----------------------------------------------------------------------------------------------------------
-def halve(fd):
-    """Leaves half of the file that is being written, as a kill in the middle of it would."""
-    os.ftruncate(fd, os.fstat(fd).st_size // 2)
-
-
-# The files: args.json, then a checkpoint and metrics.csv in each of four iterations, evaluation.json, metrics.csv with
-# its numbers, model.safetensors, encoder.safetensors.
+# The files that are written anew: args.json; a checkpoint in each of four iterations; metrics.csv in the first, in the
+# third, when episodes have ended, and with the evaluation's columns; before that the weights. Besides, four rows are
+# added.
+WRITTEN = ["args.json", "checkpoint.pt", "metrics.csv", *["checkpoint.pt"] * 2, "metrics.csv", "checkpoint.pt"]
+WRITTEN += ["model.safetensors", "encoder.safetensors", "evaluation.json", "metrics.csv"]
 MOMENTS = [
     ("before the first rollout", ppo_pisco, "collect_rollout", 1),
     ("in the first update", ppo_pisco, "update", 1),
     ("in the third iteration", ppo_pisco, "collect_rollout", 3),
     ("in the last update", ppo_pisco, "update", 4),
-    ("before the metrics of an iteration", ppo_pisco, "write_metrics", 2),
+    ("before the metrics of an iteration", ppo_pisco, "append_metrics", 3),
     ("in the evaluation", ppo_pisco, "evaluate", 1),
-    ("before the metrics of the evaluation", ppo_pisco, "write_metrics", 5),
+    ("before the metrics of the evaluation", ppo_pisco, "append_metrics", 6),
     ("before the encoder is written", ppo_pisco, "save_encoder", 1),
-    *((f"renaming file {n}", os, "replace", n) for n in range(2, 14)),
-    *((f"half of file {n} written", os, "fsync", n) for n in range(2, 14)),
+    *((f"renaming file {n}", os, "replace", n) for n in range(2, len(WRITTEN) + 1)),
+    *((f"half of file or row {n} written", os, "fsync", n) for n in range(2, len(WRITTEN) + 4 + 1)),
 ]
 
 
 def test_number_of_files_written(tmp_path, monkeypatch, finished):
     """MOMENTS has them all."""
-    calls, real = [], os.replace
+    calls, synced, real, sync = [], [], os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append(paths[1].name) or real(*paths))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(fd) or sync(fd))
     assert_same_end(train(tmp_path), finished)
-    several = ["checkpoint.pt", "metrics.csv"] * 4
-    last = ["evaluation.json", "metrics.csv", "model.safetensors", "encoder.safetensors"]
-    assert calls == ["args.json", *several, *last]
+    assert calls == WRITTEN and len(synced) == len(WRITTEN) + 4
 
 
 @pytest.mark.parametrize("owner, name, nth", [moment[1:] for moment in MOMENTS], ids=[moment[0] for moment in MOMENTS])
 def test_resume_after_a_kill_equals_an_uninterrupted_run(tmp_path, finished, owner, name, nth):
     with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, owner, name, nth, first=halve if name == "fsync" else lambda *args: None)
+        kill_at(patch, owner, name, nth, first=tear if name == "fsync" else lambda *args: None)
         folder = train_until_killed(tmp_path)
     assert_same_end(resume(folder), finished)
     assert not list(folder.glob("*.tmp"))
@@ -640,7 +711,21 @@ def test_resume_after_a_signal(tmp_path, long_run, number, rows):
     out, _ = process.communicate(timeout=60)
     (folder,) = tmp_path.glob("*")
     assert len(metrics(folder)) < 20 and process.returncode == -number  # it was still at work
-    assert f"ppo_pisco.py --resume {folder}\n" in out
+    assert f"ppo_pisco.py --resume {folder}\n" in out and "\ndevice: cpu, 1 threads\n" in out
+    assert_same_end(resume(folder), long_run)
+
+
+def test_run_folder_of_another_process_is_left_alone(tmp_path, long_run):
+    process = program(*command(tmp_path, LONG))
+    wait_for_rows(process, tmp_path, 1)
+    process.send_signal(signal.SIGSTOP)
+    (folder,) = tmp_path.glob("*")
+    before = snapshot(folder)
+    with pytest.raises(SystemExit, match=f"--resume {folder}: another process is at work in it"):
+        resume(folder)
+    assert snapshot(folder) == before
+    process.kill()  # which frees it
+    process.communicate(timeout=60)
     assert_same_end(resume(folder), long_run)
 
 
@@ -880,6 +965,45 @@ def test_gymnasium_run(tmp_path, capsys):
     video = Image.open(folder / "evaluation_128.gif")
     assert video.size == (40 * 2, 36 * 2) and video.n_frames == 3
     assert not (folder / "solved.png").exists()
+
+
+class OneStep(TinyImage):
+    """Every episode is one step. Of its copies there is room for four."""
+
+    open = set()
+
+    def __init__(self):
+        super().__init__(shape=(60, 60))
+        self.open.add(self)
+        assert len(self.open) <= 4
+
+    def step(self, action):
+        image, reward, *_ = super().step(action)
+        return image, reward, True, False, {}
+
+    def close(self):
+        self.open.discard(self)
+
+
+@pytest.fixture
+def one_step(monkeypatch):
+    monkeypatch.setattr(gym.envs.registration, "registry", gym.registry.copy())
+    gym.register("OneStep-v0", entry_point=OneStep)
+    OneStep.open.clear()
+
+
+def test_rollout_of_resets_alone(tmp_path, one_step):
+    """Every second one: there is nothing to learn from."""
+    flags = "--num-steps 1 --num-minibatches 2 --total-timesteps 16 --eval-interval 0"
+    folder = train(tmp_path, f"--env-id OneStep-v0 {flags}")
+    rows = metrics(folder)
+    assert [bool(row["losses/value_loss"]) for row in rows] == [True, False, True, False]
+    assert [row["charts/episodic_length"] for row in rows] == ["1.0"] * 4
+
+
+def test_last_evaluation_has_the_simulator_to_itself(tmp_path, one_step):
+    folder = train(tmp_path, "--env-id OneStep-v0 --eval-interval 0 --eval-episodes 4")
+    assert evaluation(folder)["greedy"]["length"] == [1] * 4 and not OneStep.open
 
 
 MY_GAME = """

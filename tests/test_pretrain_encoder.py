@@ -121,6 +121,10 @@ def test_rl_writes_an_encoder_that_ppo_uses(tmp_path, capsys):
     assert_same_file(output, again)
 
 
+def test_rl_without_an_evaluation(tmp_path):
+    assert json.loads(encoder_file(pretrain_rl(tmp_path, "--eval-episodes 0"))[1]["score"]) == {}
+
+
 def test_killed_rl_run_goes_on_and_is_exported(tmp_path, monkeypatch):
     whole = pretrain_rl(tmp_path / "whole", "--checkpoint-interval 1")
     real, calls = ppo_pisco.update, []
@@ -147,7 +151,7 @@ def arguments_of_training(monkeypatch, algorithm, argv):
     """The arguments with which the algorithm would train."""
     caught = []
 
-    def train(args):
+    def train(args, script):
         caught.append(args)
         raise Stop
 
@@ -297,6 +301,13 @@ def test_state_regression_learns_the_held_out_tasks_and_stops(tmp_path, capsys):
     assert r2[-1] >= 0.8 and all(value < 0.8 for value in r2[:-1])
     assert json.loads(metadata["score"])["r2"] == pytest.approx(r2[-1], abs=1e-4)
     assert int(metadata["steps"]) == 20 * len(r2) < 400
+
+
+@pytest.mark.parametrize("interval", [0, -1])
+def test_evaluation_at_the_end_alone(tmp_path, capsys, interval):
+    pretrain(tmp_path, f"--objective state {JUMP} --eval-interval {interval}")
+    out = capsys.readouterr().out
+    assert re.findall(r"^update (\d+):", out, re.MULTILINE) == ["4"] and "\ndevice: cpu, 1 threads\n" in f"\n{out}"
 
 
 def test_bf16_trains_the_encoder(tmp_path):
