@@ -90,7 +90,7 @@ class Args:
     ssl: Literal["pisco", "simsiam", "curl", "none"] = "pisco"  # self-supervised loss: on policies, features, or none
     ssl_teacher: Literal["state", "view"] = "state"  # a view learns from the state that RL sees, or two from each other
     ssl_coef: float = 1.0  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it makes of it
-    ssl_fraction: float = 0.5  # share of every minibatch on which the self-supervised loss is computed
+    ssl_fraction: float = 1.0  # share of every minibatch on which the self-supervised loss is computed
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
@@ -175,10 +175,9 @@ def parse_jump_tasks(text, flag="--jump-tasks"):
 
 def jump_tasks(args):
     """Jump's tasks that are trained, and all that an evaluation plays, each once and the trained ones first."""
-    trained, others = parse_jump_tasks(args.jump_tasks), []
-    if args.jump_eval_tasks != "none":
-        others = parse_jump_tasks(args.jump_eval_tasks, "--jump-eval-tasks")
-    return trained, list(dict.fromkeys(trained + others))
+    trained, others = parse_jump_tasks(args.jump_tasks), args.jump_eval_tasks
+    played = [] if others == "none" else parse_jump_tasks(others, "--jump-eval-tasks")
+    return trained, list(dict.fromkeys(trained + played))
 
 
 class JumpVectorEnv(gym.vector.VectorEnv):
@@ -623,8 +622,7 @@ def ssl_loss(agent, z_teacher, z_student, hidden_teacher, args):
 
 # --- Rollout and update ----------------------------------------------------------------------------------------------
 def sample(probs, generator=None):
-    """Actions (B,) int64 drawn from probabilities (B, A): the draws of torch.multinomial, without its two waits for a
-    GPU, as the largest of p / Exp(1) is i with probability p_i."""
+    """Actions (B,) int64 drawn from probabilities (B, A), as torch.multinomial draws them, which halts a GPU twice."""
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
@@ -695,10 +693,8 @@ def update(agent, optimizer, rollout, next_value, args):
     """One iteration's epochs over the rollout. Returns the statistics' means over all minibatches, as floats."""
     loss_function = torch.compile(minibatch_loss) if args.compile else minibatch_loss
     device = rollout.obs.device
-    advantages, returns = compute_gae(
-        rollout.rewards, rollout.values.cpu(), next_value.cpu(), rollout.terminated, rollout.truncated,
-        args.gamma, args.gae_lambda,
-    )  # fmt: skip
+    advantages, returns = compute_gae(rollout.rewards, rollout.values.cpu(), next_value.cpu(), rollout.terminated,
+        rollout.truncated, args.gamma, args.gae_lambda)  # fmt: skip
     # (T * N, H, W, C) uint8 and (T * N, H', W', C') or (T * N, D); None where no minibatch needs it
     b_obs = None if agent.encoder.frozen and args.ssl == "none" else rollout.obs.flatten(0, 1)
     b_hidden = rollout.hidden.flatten(0, 1) if agent.encoder.frozen else None
@@ -715,10 +711,9 @@ def update(agent, optimizer, rollout, next_value, args):
             mb_obs = None if b_obs is None else b_obs.index_select(0, mb_inds).movedim(-1, 1)
             mb_hidden = None if b_hidden is None else b_hidden.index_select(0, mb_inds).movedim(-1, 1)
             measured = not history and args.ssl != "none" and agent.encoder.frozen < len(agent.encoder.layers)
-            loss, stats, (hidden, features) = (minibatch_loss if measured else loss_function)(
-                agent, mb_obs, mb_hidden, b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds],
-                b_returns[mb_inds], b_values[mb_inds], args,
-            )  # fmt: skip
+            loss, stats, (hidden, features) = (minibatch_loss if measured else loss_function)(agent, mb_obs, mb_hidden,
+                b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds], b_returns[mb_inds], b_values[mb_inds],
+                args)  # fmt: skip
             optimizer.zero_grad()
             if measured:
                 features.retain_grad()
@@ -744,7 +739,8 @@ def update(agent, optimizer, rollout, next_value, args):
     if not all(math.isfinite(mean) for mean in means.values()) or not logits.isfinite().all():
         raise SystemExit("the loss is not finite; try a smaller --learning-rate or --ssl-coef")
     y_pred, y_true = rollout.values.cpu().flatten()[valid_inds], returns.flatten()[valid_inds]
-    means["explained_variance"] = float(1 - (y_true - y_pred).var(correction=0) / y_true.var(correction=0))
+    if (var_y := y_true.var(correction=0)) > 0:
+        means["explained_variance"] = float(1 - (y_true - y_pred).var(correction=0) / var_y)
     return means
 
 
@@ -879,8 +875,7 @@ def train(args, script=__file__):
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     if batch_size % args.num_minibatches or batch_size < 2 * args.num_minibatches:
-        remedy = f"must cut num_envs * num_steps = {batch_size} into equal parts of two or more"
-        raise SystemExit(f"--num-minibatches {args.num_minibatches}: {remedy}")
+        raise SystemExit(f"--num-minibatches: must cut num_envs * num_steps = {batch_size} into equal parts, 2 or more")
     if not num_iterations:
         raise SystemExit(f"--total-timesteps {args.total_timesteps}: less than num_envs * num_steps = {batch_size}")
     if not 0 <= args.ssl_fraction <= 1:
@@ -919,10 +914,8 @@ def train(args, script=__file__):
     for path in folder.glob("metrics.csv"):
         write_atomically(path, b"".join(path.read_bytes().splitlines(keepends=True)[: max(start, 1)]))
     writer = SummaryWriter(folder, purge_step=start * batch_size if args.resume else None)
-    bar = tqdm(
-        initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True, file=sys.stdout,
-        mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
-    )  # fmt: skip
+    bar = tqdm(initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True,
+        file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True)  # fmt: skip
     eval_every, checkpoint_every = (k if k > 0 else math.inf for k in (args.eval_interval, args.checkpoint_interval))
     for iteration in range(start or 1, num_iterations + 1):
         global_step, last = iteration * batch_size, iteration == num_iterations
@@ -958,10 +951,9 @@ def train(args, script=__file__):
             envs.envs.close()  # a simulator may be there once only
             tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
             write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
-            save_encoder(
-                folder / "encoder.safetensors", encoder, environment=args.env_id, objective=f"rl (ppo, ssl {args.ssl})",
-                tasks=args.jump_tasks if envs.is_jump else "", steps=global_step, seed=args.seed,
-            )  # fmt: skip
+            save_encoder(folder / "encoder.safetensors", encoder, environment=args.env_id, steps=global_step,
+                objective=f"rl (ppo, ssl {args.ssl})", tasks=args.jump_tasks if envs.is_jump else "",
+                seed=args.seed)  # fmt: skip
         # After checkpoint and weights, as it can take long, and fail: a run that ends in it comes back to it at once.
         if evaluation_due:
             row |= evaluate(agent, args, device, global_step, folder)
