@@ -74,8 +74,8 @@ PROCGEN = ATARI | {
 JUMP = {
     "num_envs": 32, "num_steps": 64, "num_minibatches": 8, "update_epochs": 3, "learning_rate": 1e-3,
     "anneal_lr": False, "clip_coef": 0.2, "ent_coef": 0.01, "gamma": 0.99, "feature_dim": 256, "encoder": "nature",
-    "reward_scale": 0.1, "total_timesteps": 102_400, "eval_interval": 10_240, "ssl": "pisco", "ssl_coef": 0.1,
-    "jump_tasks": "target", "jump_prior": 0.1, "jump_reward": 1.0,
+    "reward_scale": 0.1, "total_timesteps": 102_400, "eval_interval": 10_240, "ssl": "pisco", "ssl_coef": 1.0,
+    "ssl_teacher": "state", "projector": "none", "ssl_fraction": 1.0, "jump_tasks": "target", "jump_prior": 0.1, "jump_reward": 1.0,
 }  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def initial(monkeypatch):
 
 @pytest.mark.parametrize("count, flags", [(0, ""), (1, ""), (2, ""), ("all", ""), (2, "--bf16")])
 def test_frozen_layers_stay_and_the_others_move(tmp_path, initial, count, flags):
-    folder = train(tmp_path, f"--freeze-layers {count} --freeze-random {flags}")
+    folder = train(tmp_path, f"--freeze-layers {count} --freeze-random --projector mlp {flags}")
     frozen = 4 if count == "all" else count
     for name, value in tensors(folder).items():
         is_frozen = name.startswith(tuple(f"encoder.layers.{i}." for i in range(frozen)))
