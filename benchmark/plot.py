@@ -13,7 +13,7 @@ without results is left out. One suite's name redraws that suite alone, not the 
 """
 
 import csv
-import json
+import functools
 import re
 import sys
 import warnings
@@ -28,7 +28,8 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from suites import FIVE, SUITES, folder_of, seeds_of  # noqa: E402
+from run import read_evaluations, read_runs  # noqa: E402
+from suites import FIVE, SUITES, seeds_of  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
@@ -164,40 +165,38 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def read_curve(folder, columns):
-    """The columns of one kept run's evaluations, the score last, (E,) float64 each."""
-    return np.array(
-        [[float(row[column]) for column in columns] for row in read_rows(folder / "metrics.csv") if row[columns[-1]]]
-    ).T
+@functools.lru_cache(maxsize=2)
+def read_kept(suite):
+    """{method: {seed: (row of runs.csv, evaluations)}} of the suite's kept runs, seeds by number."""
+    runs, evaluations, found = read_runs(RESULTS / suite), read_evaluations(RESULTS / suite), {}
+    for method, seed in sorted(runs, key=lambda key: key[1]):
+        found.setdefault(method, {})[seed] = runs[method, seed], evaluations[method, seed]
+    return found
 
 
-def seed_folders(suite, method):
-    """{seed: folder} of the method's kept runs, in order."""
-    kept = [path.parent for path in folder_of(RESULTS, suite, method).glob("*/manifest.json")]
-    return {int(path.name): path for path in sorted(kept, key=lambda path: int(path.name))}
+def read_columns(suite, method, columns):
+    """The columns of all evaluations of the method's n kept runs, (n, E) float64 each."""
+    runs = [rows for _, rows in read_kept(suite)[method].values()]
+    return [np.array([[float(row[column]) for row in rows] for rows in runs]) for column in columns]
 
 
 def read_suite(suite):
     """{method: Runs} of the kept runs, by the suite's order. Raises ValueError where a method's runs were evaluated at
     different steps."""
-    results = {}
+    results, kept = {}, read_kept(suite)
     for method in SUITES[suite]["methods"]:
-        folders = seed_folders(suite, method)
-        if not folders:
-            continue
-        curves = [read_curve(folder, columns_of(suite)[:2]) for folder in folders.values()]
-        if len({tuple(steps) for steps, _ in curves}) > 1:
-            raise ValueError(f"{suite}, {method}: the seeds' evaluations are not at the same steps")
-        results[method] = Runs(list(folders), curves[0][0], np.stack([scores for _, scores in curves]))
+        if method in kept:
+            step, score = columns_of(suite)[:2]
+            if len({tuple(row[step] for row in rows) for _, rows in kept[method].values()}) > 1:
+                raise ValueError(f"{suite}, {method}: the seeds' evaluations are not at the same steps")
+            steps, scores = read_columns(suite, method, (step, score.removeprefix("eval/")))
+            results[method] = Runs(list(kept[method]), steps[0], scores)
     return results
 
 
 def read_minutes(suite, method):
-    """Minutes of training, evaluations left out, until each of E evaluations of the method's n kept runs of
-    ppo_pisco.py, (n, E) float64."""
-    columns = ("global_step", "charts/SPS", "eval/greedy_success")
-    curves = [read_curve(folder, columns) for folder in seed_folders(suite, method).values()]
-    return np.stack([steps / sps / 60 for steps, sps, _ in curves])
+    """Minutes of training, evaluations left out, until each of E evaluations of the method's n kept runs, (n, E)."""
+    return read_columns(suite, method, ["seconds"])[0] / 60
 
 
 def mean_until(minutes, scores, limit):
@@ -229,10 +228,11 @@ def read_noise(policy):
     deviations of the noise, none first, as scores the shares of the run's tasks solved."""
     results = {}
     for name in SUITES["jump-noise"]["methods"]:
-        folders = seed_folders("jump-noise", name)
-        tables = [json.loads((path / "evaluation.json").read_text())["noise"][policy] for path in folders.values()]
-        shares = np.array([list(table.values()) for table in tables])
-        results[name] = Runs(list(folders), np.array(list(tables[0]), dtype=float), shares)
+        last = [rows[-1] for _, rows in read_kept("jump-noise")[name].values()]
+        stds = [column for column in last[0] if column.startswith(f"{policy}, noise ")]
+        shares = np.array([[float(row[column]) for column in stds] for row in last])
+        x = np.array([float(column.split()[-1]) for column in stds])
+        results[name] = Runs(list(read_kept("jump-noise")[name]), x, shares)
     return results
 
 
@@ -488,15 +488,14 @@ def draw_grid(suite, results):
     figure, panels = plt.subplots(rows, 2, figsize=(9.5, 1.9 * rows), layout="constrained", squeeze=False)
     (x0, y0), (x1, y1) = ppo_pisco.JUMP_GRID[0], ppo_pisco.JUMP_GRID[-1]
     for axes, method in zip(panels.flat, methods):
-        evaluations = [
-            json.loads((path / "evaluation.json").read_text()) for path in seed_folders(suite, method).values()
-        ]
-        solved = [[e["greedy"]["solved"][f"{x}:{y}"] for x, y in ppo_pisco.JUMP_GRID] for e in evaluations]
+        evaluations = [rows[-1] for _, rows in read_kept(suite)[method].values()]
+        tables = [dict(zip(row["tasks"].split(), row["greedy"])) for row in evaluations]
+        solved = [[int(table[f"{x}:{y}"]) for x, y in ppo_pisco.JUMP_GRID] for table in tables]
         share = np.mean(solved, axis=0).reshape(x1 - x0 + 1, y1 - y0 + 1).T  # (floors, obstacles)
         extent = (x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5)
         image = axes.imshow(share, origin="lower", extent=extent, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        trained = [name.split(":") for name in evaluations[0]["greedy"]["trained_tasks"]]
-        axes.scatter(*np.array(trained, dtype=int).T, s=14, facecolor="none", edgecolor="#d55e00")
+        trained = ppo_pisco.parse_jump_tasks(method.split(",")[0])
+        axes.scatter(*np.array(trained).T, s=14, facecolor="none", edgecolor="#d55e00")
         axes.set_title(f"{method}: {share.mean():.0%} of the grid (n = {len(evaluations)})", fontsize=10)
     figure.supxlabel("obstacle (pixels)", fontsize=10)
     figure.supylabel("floor (pixels)", fontsize=10)
@@ -534,8 +533,8 @@ def write_table(suite, results):
         better = "-"
         if method != first and min(len(runs.seeds), len(results[first].seeds)) >= FEW:
             better = with_interval(*improvement(runs.both[:, 1], results[first].both[:, 1]), 2)
-        manifests = [json.loads((path / "manifest.json").read_text()) for path in seed_folders(suite, method).values()]
-        whole = [manifest["wall_seconds"] for manifest in manifests if not manifest["resumed"]]
+        kept = [row for row, _ in read_kept(suite)[method].values()]
+        whole = [float(row["seconds"]) for row in kept if row["resumed"] == "False"]
         minutes = f"{np.median(whole) / 60:.1f}" if whole else "-"  # a resumed run has timed its last part alone
         each = " ".join(f"{score:.{digits}f}" for score in runs.scores[:, -1])
         rows.append([method, str(len(runs.seeds)), *values, better, each, minutes])

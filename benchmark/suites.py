@@ -11,11 +11,6 @@ import hashlib
 from pathlib import Path
 
 
-def folder_of(parent, suite, method):
-    """The folder of a method's runs under `parent`, one folder a seed in it."""
-    return parent / suite / method.replace(" ", "_")
-
-
 def seeds_of(suite, method, n):
     """The first n seeds of a suite's method."""
     first = SUITES[suite].get("first_seed", 1)
@@ -28,9 +23,9 @@ def weights_folder(work, flags):
     return work / "weights" / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
 
 
-def encoder_of(suite, method, seed):
-    """The path of the encoder that a run of a suite with "encoders" leaves beside its results."""
-    return folder_of(Path("benchmark/results"), suite, method) / str(seed) / "encoder.safetensors"
+def encoder_of(suite, method, seed, results=Path("benchmark/results")):
+    """The path of the encoder that a run of a suite with "encoders" leaves in the folder `results`."""
+    return results / suite / "encoders" / f"{method.replace(' ', '_')}__{seed}.safetensors"
 
 
 def join(tasks):
