@@ -177,7 +177,7 @@ SCORES = {
 }  # columns of evaluations.csv.gz, where it is not the usual one
 FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
 FROM_SCRATCH, FROZEN, FINETUNED, BOTTOM, RECIPE = FIVE
-LOSSES = [f"{BOTTOM} + {loss}" for loss in ("SimSiam", "CURL", "consistency")]
+LOSSES = [f"{BOTTOM} + {loss}" for loss in ("SimSiam", "CURL", "PiSCO without projector")]
 STDS = (0, 2, 4, 8, 16, 32, 64)  # of jump-noise, in grey levels of 255
 UNDER_NOISE = (", change under noise", ", relative change")  # one measurement a run, not a curve
 CLAIMS = (
