@@ -264,12 +264,18 @@ def best_rate(found):
     return max(means, key=means.get)
 
 
-def write_rates_table(suite):
-    """Of a suite of methods "METHOD, RATE" the mean over the run (at the end) as Markdown; the best rate in bold."""
-    methods, rows = {}, []
-    for name, runs in read_suite(suite).items():
+def by_rate(results):
+    """{method: {learning rate: Runs}} of results whose methods' names are "METHOD, RATE"."""
+    methods = {}
+    for name, runs in results.items():
         method, rate = name.rsplit(", ", 1)
         methods.setdefault(method, {})[rate] = runs
+    return methods
+
+
+def write_rates_table(suite):
+    """Of a suite *-rates the mean over the run (at the end) as Markdown; every method's best rate in bold."""
+    methods, rows = by_rate(read_suite(suite)), []
     rates = list(dict.fromkeys(rate for found in methods.values() for rate in found))
     for method, found in methods.items():
         counts = sorted({len(runs.seeds) for runs in found.values()})

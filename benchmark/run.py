@@ -329,8 +329,13 @@ def keep(run, results, files, about):
     shutil.rmtree(run.work, ignore_errors=True)
 
 
-def run_all(runs, args):
-    """Runs what is not finished yet. Returns the runs that failed twice."""
+def unfinished(runs, args):
+    """The runs that have no results yet, after those are copied that another suite has made."""
+    return [run for run in runs if not is_finished(run, args.results) and not share(run, args.results, args.cpus)]
+
+
+def run_all(runs, args, bar):
+    """Runs all of them, each a step of the bar, through Ray. Returns the runs that failed twice."""
     import ray
 
     ray.init(address=args.address, log_to_driver=False, include_dashboard=False)
@@ -343,23 +348,23 @@ def run_all(runs, args):
     waiting = {start(run): (run, 1) for run in runs}
     failed = []
     try:
-        with tqdm(total=len(runs), unit="run", file=sys.stdout) as bar:
-            while waiting:
-                done, _ = ray.wait(list(waiting))
-                for task in done:
-                    run, attempt = waiting.pop(task)
-                    try:
-                        code, files, about, output = ray.get(task)
-                    except ray.exceptions.RayError as error:
-                        code, output = 1, str(error)
-                    if code == 0:
-                        keep(run, args.results, files, {"commit": commit, **about})
-                        bar.update()
-                    elif attempt == 1:
-                        waiting[start(run)] = (run, 2)
-                    else:
-                        failed.append(run)
-                        bar.write(f"failed twice: {run.command}\n{output}\nto start it anew delete {run.work}")
+        while waiting:
+            done, _ = ray.wait(list(waiting))
+            for task in done:
+                run, attempt = waiting.pop(task)
+                try:
+                    code, files, about, output = ray.get(task)
+                except ray.exceptions.RayError as error:
+                    code, output = 1, str(error)
+                if code == 0:
+                    keep(run, args.results, files, {"commit": commit, **about})
+                elif attempt == 1:
+                    waiting[start(run)] = (run, 2)
+                    continue
+                else:
+                    failed.append(run)
+                    bar.write(f"failed twice: {run.command}\n{output}\nto start it anew delete {run.work}")
+                bar.update()
     finally:
         ray.shutdown()  # the programs end with their workers
     return failed
@@ -371,14 +376,13 @@ def main(argv=None):
     try:
         args.results = args.results or RESULTS
         runs = choose_runs(args)
-        left = [run for run in runs if not is_finished(run, args.results)]
-        if not args.dry_run:
-            left = [run for run in left if not share(run, args.results, args.cpus)]
-        print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
         if args.dry_run:
             print("\n".join(f"OMP_NUM_THREADS={threads(args.cpus)} {run.command}" for run in runs))
             return 0
-        failed = run_all(left, args) if left else []
+        left = unfinished(runs, args)
+        print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
+        with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", file=sys.stdout) as bar:
+            failed = run_all(left, args, bar) if left else []
     except UsageError as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2
