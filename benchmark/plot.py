@@ -80,9 +80,10 @@ RETURN = Scale("greedy_return", 0, 1000, 0.05, "return (mean of the episodes)") 
 def read_kept(suite):
     """{method: {seed: (row of runs.csv, evaluations)}} of the suite's kept runs, seeds by number."""
     runs, evaluations, found = read_runs(RESULTS / suite), read_evaluations(RESULTS / suite), {}
-    for method in dict.fromkeys(method for method, _ in runs):
-        seeds = sorted(seed for name, seed in runs if name == method)
-        found[method] = {seed: (runs[method, seed], evaluations[method, seed]) for seed in seeds}
+    known = SUITES.get(Path(suite).name, {"methods": ()})["methods"]  # their order, and then the table's
+    for method in dict.fromkeys([*known, *(method for method, _ in runs)]):
+        if seeds := sorted(seed for name, seed in runs if name == method):
+            found[method] = {seed: (runs[method, seed], evaluations[method, seed]) for seed in seeds}
     return found
 
 
