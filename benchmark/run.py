@@ -26,6 +26,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -88,11 +89,11 @@ class Run:
     def flags(self):
         """The program and its flags, as a list."""
         suite = SUITES[self.suite]
-        return f"{suite['program']} {suite['methods'][self.method]} --seed {self.seed}".split()
+        return shlex.split(f"{suite['program']} {suite['methods'][self.method]} --seed {self.seed}")
 
     @property
     def command(self):
-        return " ".join(["python", *self.flags])
+        return shlex.join(["python", *self.flags])
 
     @property
     def work(self):
@@ -104,29 +105,32 @@ class Run:
 # Tables: a suite's runs.csv, and evaluations.csv.gz with a gzip member a run
 # ---------------------------------------------------------------------------------------------------------------------
 def read_whole(path):
-    """What the table says, as bytes, and its size on the disk, both without a piece at its end that a kill cut off."""
+    """What the table says without pieces that kills cut off, as bytes, and where its last whole part ends."""
     data = path.read_bytes() if path.exists() else b""
     if path.suffix != ".gz":
-        whole = data[: data.rfind(b"\n") + 1]
-        return whole, len(whole)
-    text, rest = b"", data
-    while rest:
-        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        size = data.rfind(b"\n") + 1
+        return data[:size], size
+    text, start, size = b"", 0, 0
+    while 0 <= start < len(data):
+        member, piece = zlib.decompressobj(zlib.MAX_WBITS | 16), b""
         with contextlib.suppress(zlib.error):
-            piece = member.decompress(rest)
-        if not member.eof:
-            break
-        text, rest = text + piece, member.unused_data
-    return text, len(data) - len(rest)
+            piece = member.decompress(data[start:])
+        if member.eof:
+            text, start = text + piece, len(data) - len(member.unused_data)
+            size = start
+        else:  # a piece; another table may have been joined to it
+            start = data.find(b"\x1f\x8b\x08", start + 1)
+    return text, size
 
 
 def read_table(path):
-    """The table's rows [{column: text}]. A line that begins with `method,seed` names the columns of those after it."""
+    """The table's rows [{column: text}]. A line that begins with `method,seed` names the columns of those after it; one
+    that a kill cut off, before another table was joined to it, has too many columns or no seed."""
     rows, names = [], []
     for row in csv.reader(io.StringIO(read_whole(path)[0].decode())):
         if row[:2] == ["method", "seed"]:
             names = row
-        else:
+        elif len(row) == len(names) and row[1].isdigit():
             rows.append(dict(zip(names, row)))
     return rows
 

@@ -120,7 +120,9 @@ def test_every_suite_in_the_results_has_a_protocol_and_both_tables(runner):
     folders = [path for path in runner.RESULTS_OF_PAGE.iterdir() if path.is_dir() and path.name != "probe"]
     assert len(folders) > 10
     for folder in folders:
-        assert (folder / "PROTOCOL.md").exists()
+        assert (folder / "PROTOCOL.md").exists()  # before the first run
+        if not (folder / "runs.csv").exists():
+            continue
         runs, evaluations = runner.read_runs(folder), runner.read_evaluations(folder)
         assert runs and all(evaluations[key] for key in runs)
         for (method, seed), row in runs.items():
@@ -250,6 +252,21 @@ def test_a_kill_within_a_write_costs_one_run(runner):
         assert [len(rows) for rows in runner.read_evaluations(folder).values()] == [2, 1]
 
 
+def test_a_kill_before_two_tables_are_joined_costs_one_run_wherever_it_was(runner, tmp_path):
+    row = dict.fromkeys(runner.RUN_COLUMNS, "x")
+    for seed in (1, 2):
+        runner.append(tmp_path / "runs.csv", [row | {"method": "m", "seed": seed}])
+        step = {"method": "m", "seed": seed, "global_step": 10}
+        runner.append(tmp_path / "evaluations.csv.gz", [step])
+    runs, evaluations = ((tmp_path / name).read_bytes() for name in ("runs.csv", "evaluations.csv.gz"))
+    for cut in range(1, 60):
+        (tmp_path / "runs.csv").write_bytes(runs[:-cut] + runs if cut < 30 else runs)
+        (tmp_path / "evaluations.csv.gz").write_bytes(evaluations[:-cut] + evaluations)
+        assert list(runner.read_runs(tmp_path)) == [("m", 1), ("m", 2)]
+        assert [len(rows) for rows in runner.read_evaluations(tmp_path).values()] == [1, 1]
+        assert runner.read_whole(tmp_path / "evaluations.csv.gz")[1] == 2 * len(evaluations) - cut  # nothing is dropped
+
+
 def test_evaluations_of_a_run_that_was_killed_before_its_row_count_once(runner):
     run = runner.Run("tiny", "one method", 1)
     code, files, about, _ = execute(runner, run)
@@ -267,8 +284,13 @@ def test_tables_of_two_machines_are_joined_by_cat(runner, tmp_path):
         rows = [{"method": "m", "seed": seed, "global_step": step, "success": step / 100} | more for step in (10, 20)]
         runner.append(folder / "evaluations.csv.gz", rows)
         runner.append(folder / "runs.csv", [dict.fromkeys(runner.RUN_COLUMNS, "x") | {"method": "m", "seed": seed}])
+    torn = tmp_path / "torn"
     for name in ("evaluations.csv.gz", "runs.csv"):
-        (ours / name).write_bytes((ours / name).read_bytes() + (theirs / name).read_bytes())
+        first, second = (ours / name).read_bytes(), (theirs / name).read_bytes()
+        (ours / name).write_bytes(first + second)
+        torn.mkdir(exist_ok=True)
+        (torn / name).write_bytes(first + second[:-9] + second)  # after a kill on the first machine
+    assert runner.read_evaluations(torn) == runner.read_evaluations(ours) and len(runner.read_runs(torn)) == 2
     assert list(runner.read_runs(ours)) == [("m", 1), ("m", 2)]
     first, second = runner.read_evaluations(ours).values()
     assert [row["success"] for row in first] == [row["success"] for row in second] == ["0.1", "0.2"]
