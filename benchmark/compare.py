@@ -19,6 +19,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -36,7 +37,6 @@ import pretrain_encoder
 
 OURS = ("--seed", "--resume", "--runs-dir")  # flags that compare.py sets
 SCRATCH = {"--encoder-weights": "none", "--freeze-layers": "0", "--ssl": "none"}
-FIRST_RATE_SEED = 1001  # the comparison's begin at 1
 
 
 def fail(message):
@@ -62,8 +62,8 @@ def parse_args(argv):
     args.results = args.results.resolve()
     flags, several = group(argv[end + 1 :]), group(words)
     for flag, values in (flags | several).items():
-        if flag in OURS or flag in flags and len(values) > 1:
-            fail(f"{flag}: compare.py sets {', '.join(OURS)}, and what is compared stands before `--`")
+        if flag in OURS or len(values) > 1 and flag in {*flags, "--env-id"}:
+            fail(f"{flag}: set by compare.py, or given several values where it can have one; compare before `--`")
     return args, flags | several
 
 
@@ -86,11 +86,10 @@ def group(words):
 def make_arms(flags, from_scratch):
     """{name: {flag: value}} of all combinations of the flags' values, named by what sets them apart."""
     varied = [flag for flag, values in flags.items() if len(values) > 1]
-    arms = {}
+    arms, scratch = {}, {}
     for values in itertools.product(*flags.values()):
         arm = dict(zip(flags, values))
         arms[", ".join(f"{flag[2:]} {arm[flag]}" for flag in varied) or "as given"] = arm
-    scratch = {}
     for arm in arms.values() if from_scratch else ():
         words = [f"{flag[2:]} {arm[flag]}" for flag in varied if flag not in SCRATCH]
         scratch[", ".join(["from scratch", *words])] = arm | SCRATCH
@@ -124,15 +123,13 @@ def check(module, arm, words):
         message = said.getvalue() if isinstance(error.code, int) else str(error.code)
         message = re.sub("[─-╿]|-{5,}", " ", message).split("For full helptext")[0]
         fail(f"{arm}: {' '.join(message.split())}")
-    except Exception as error:
-        fail(f"{arm}: {type(error).__name__}: {' '.join(str(error).split())}")
     finally:
         module.make_run_folder = make_run_folder
 
 
 def make_runs(name, program, methods, first_seed, n):
     """n runs of the methods {name: [words]}, as a suite that run.py's functions know."""
-    lines = {method: " ".join(words) for method, words in methods.items()}
+    lines = {method: shlex.join(words) for method, words in methods.items()}
     SUITES[name] = {"program": program, "methods": lines, "first_seed": first_seed}
     return [runner.Run(name, method, seed) for seed in range(first_seed, first_seed + n) for method in lines]
 
@@ -160,17 +157,21 @@ def reference_of(arms, results):
 
 def summarise(folder, arms, rates):
     """The comparison as Markdown: table and what it can and can't tell; and the name of the best arm."""
-    results, scale = plot.read_suite(folder), plot.scale_of(folder)
+    results, scale, rows = plot.read_suite(folder), plot.scale_of(folder), []
+    unseen = plot.read_suite(folder, "greedy_unseen_success")  # Jump's tasks that were not trained
     reference = reference_of(arms, results)
     limit = min(np.median(runs.minutes[:, -1]) for runs in results.values())
-    names, rows = ["arm", "learning rate", "n", "mean over the run", "at the end"], []
-    timed = [f"mean until minute {limit:.2g}"] * (scale == plot.SUCCESS)
     for arm, runs in results.items():
-        equal = [plot.scores_text(stats.mean_until(runs.minutes, runs.scores, limit)[:, None], 2)[0]] * len(timed)
-        end, mean = plot.scores_text(runs.both, scale.digits)
-        last = [plot.minutes_of(folder, arm), plot.better_than(runs, results[reference])]
-        rows.append([arm, rates.get(arm) or "default", str(len(runs.seeds)), mean, end, *equal, *last])
-    table = plot.markdown([*names, *timed, "minutes a run", f"P(better than {reference})"], rows)
+        row = {"arm": arm, "learning rate": rates.get(arm) or "default", "n": str(len(runs.seeds))}
+        row["at the end"], row["mean over the run"] = plot.scores_text(runs.both, scale.digits)
+        if scale == plot.SUCCESS:
+            equal = stats.mean_until(runs.minutes, runs.scores, limit)[:, None]
+            (row[f"mean until minute {limit:.2g}"],) = plot.scores_text(equal, 2)
+        if arm in unseen:
+            (row["unseen tasks, at the end"],) = plot.scores_text(unseen[arm].scores[:, -1:], 2)
+        row["minutes a run"] = plot.minutes_of(folder, arm)
+        rows.append(row | {f"P(better than {reference})": plot.better_than(runs, results[reference])})
+    table = plot.markdown(list(rows[0]), [list(row.values()) for row in rows])
     means = {arm: runs.both[:, 1] for arm, runs in results.items()}
     best, *others = sorted(means, key=lambda arm: -means[arm].mean())
     sentences = [f"Score: {scale.name}. Best in the mean over the run: {best}."]
@@ -196,9 +197,7 @@ def certainty(best, other, ours, others, digits):
 
 def prepare(args, flags):
     """The algorithm's module and {arm: flags}, and all {arm: {learning rate: words}}, which the algorithm accepts."""
-    (env_id, *rest), rates = flags.get("--env-id", ["Jump-v0"]), flags.pop("--learning-rate", [None])
-    if rest:
-        fail("--env-id: one comparison is of one environment")
+    (env_id,), rates = flags.get("--env-id", ["Jump-v0"]), flags.pop("--learning-rate", [None])
     module = pretrain_encoder.choose_algorithm(env_id)
     arms, words = make_arms({"--env-id": [env_id]} | flags, args.from_scratch), {}
     for arm, settings in arms.items():
@@ -216,7 +215,7 @@ def compare(args, flags):
     name += "-" + hashlib.sha256(repr((program, words)).encode()).hexdigest()[:8]
     folder, chosen = args.results / name, dict.fromkeys(arms, rates[0])
     trials = {f"{arm}, {r}": line for arm, found in words.items() for r, line in found.items() if len(rates) > 1}
-    trials = make_runs(f"{name}-rates", program, trials, FIRST_RATE_SEED, args.rate_seeds)
+    trials = make_runs(f"{name}-rates", program, trials, 1001, args.rate_seeds)  # the comparison's seeds are 1, 2, ...
     print(f"{len(arms)} arms, {args.seeds} runs each, after {len(trials)} for the rates; results: {folder}", flush=True)
     with tqdm(total=len(trials) + len(arms) * args.seeds, unit="run", file=sys.stdout) as bar:
         failed = finish(trials, args, bar)
@@ -226,7 +225,7 @@ def compare(args, flags):
     if not plot.read_kept(folder):
         fail("no run has finished: see the output above")
     text, best = summarise(folder, arms, chosen)
-    text += f"\n\nThe best arm's command:\n\n    python {program} {' '.join(words[best][chosen[best]])} --seed 1"
+    text += f"\n\nThe best arm's command:\n\n    python {program} {shlex.join(words[best][chosen[best]])} --seed 1"
     plot.draw_curves(folder / "curves.png", {"": plot.read_suite(folder)}, plot.scale_of(folder).name, minutes=True)
     (folder / "compare.md").write_text(f"{text}\n\n![learning curves](curves.png)\n")
     print(f"\n{text}\n\n{folder}/compare.md, curves.png")

@@ -83,10 +83,10 @@ def test_finetuning_without_a_loss_is_what_the_others_are_compared_with(compare)
         ("--freeze-layers 2 --encoder-weights none", "the weights are random"),
         ("--encoder-weights missing.safetensors", "missing.safetensors"),
         ("--env-id Nope-v0", "unknown environment"),
-        ("--env-id Jump-v0 Pong-v5", "one environment"),
+        ("--env-id Jump-v0 Pong-v5", "set by compare.py"),
         ("-- --total-timesteps 10", "less than num_envs"),
-        ("-- --ssl none pisco", "what is compared stands before"),
-        ("--seed 3", "compare.py sets"),
+        ("-- --ssl none pisco", "compare before"),
+        ("--seed 3", "--seed: set by compare.py"),
         ("--ssl none --ssl pisco", "given twice"),
         ("3 --ssl none", "a value without a flag"),
         ("--seeds x", "--seeds"),
@@ -141,7 +141,7 @@ def test_comparison_on_a_game_of_ones_own_is_killed_and_goes_on(tmp_path):
     assert found[0].read_text().startswith(before) and found[0].read_text().count("my_game") == 4
     (folder,) = (path.parent for path in tmp_path.glob("runs/compare/*/compare.md"))
     page = (folder / "compare.md").read_text()
-    names = ["arm", "learning rate", "n", "mean over the run", "at the end", "minutes a run"]
+    names = ["arm", "learning rate", "n", "at the end", "mean over the run", "minutes a run"]
     assert page.startswith(f"| {' | '.join([*names, 'P(better than freeze-layers 0)'])} |\n")
     rows = [line.split(" | ") for line in page.splitlines()[2:4]]
     assert [row[0] for row in rows] == ["| freeze-layers 0", "| freeze-layers 1"]
@@ -168,5 +168,5 @@ def test_a_failed_run_is_named_and_does_not_end_the_others(compare, tmp_path, mo
     monkeypatch.setattr(compare.runner, "run_all", run_all)
     assert compare.main(f"--ssl none pisco --seeds 2 --results {tmp_path}".split()) == 1
     output = capsys.readouterr().out
-    assert "| ssl none | default | 2 | 0.75 | 1.00 |" in output and "| ssl pisco" not in output
+    assert "| ssl none | default | 2 | 1.00 | 0.75 |" in output and "| ssl pisco" not in output
     assert "mean until minute 2" in output
