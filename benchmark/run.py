@@ -167,15 +167,16 @@ def read_evaluations(folder):
 
 
 def evaluations_of(run, files):
-    """A finished run's evaluations as rows: step, seconds of training, metrics, and of the last one the tasks that were
-    played with a 0 or 1 for each that the greedy and the sampled policy solve."""
+    """A finished run's evaluations as rows: step, seconds of training, metrics, the loss's gradient beside RL's, and of
+    the last one the tasks that were played with a 0 or 1 for each that the greedy and the sampled policy solve."""
     rows = []
     for row in csv.DictReader(io.StringIO(files["metrics.csv"].decode())):
         metrics = {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
         if any(metrics.values()):
             seconds = float(row["global_step"]) / float(row["charts/SPS"])
             about = {"method": run.method, "seed": run.seed, "global_step": row["global_step"]}
-            rows.append(about | {"seconds": f"{seconds:.3f}"} | metrics)
+            share = {name[7:]: row[name] for name in ("losses/ssl_grad_share",) if name in row}
+            rows.append(about | {"seconds": f"{seconds:.3f}"} | metrics | share)
     last = json.loads(files["evaluation.json"])
     for policy in ("greedy", "sampled"):
         if solved := last.get(policy, {}).get("solved"):
