@@ -95,12 +95,14 @@ def scale_of(suite):
 
 
 def read_suite(suite, column=None):
-    """{method: Runs} of the kept runs of a suite, or of a folder that run.py fills, by the table's order; `column` is
-    the score, where it was measured. Raises ValueError where a method's runs were evaluated at different steps."""
+    """{method: Runs} of the kept runs of a suite, or of a folder that run.py fills; `column` is the score, where it was
+    measured. Raises ValueError where a method's runs were evaluated at different steps."""
     results, column = {}, column or SCORES.get(suite, scale_of(suite).column)
     for method, kept in read_kept(suite).items():
         names = ("global_step", "seconds", column)
         runs = [[[float(row[name]) for name in names] for row in rows if row.get(column)] for _, rows in kept.values()]
+        if not any(runs):
+            continue
         if len({tuple(step for step, *_ in run) for run in runs}) > 1:
             raise ValueError(f"{suite}, {method}: the seeds' evaluations are not at the same steps")
         steps, seconds, scores = np.moveaxis(np.array(runs), -1, 0)  # (n, E) each
@@ -112,7 +114,8 @@ def is_complete(suite):
     """Whether all methods of a suite of suites.py have just the seeds that its protocol names: else nothing is judged.
     One that is not there any more is as it is."""
     kept, about = read_kept(suite), SUITES.get(suite, {"methods": ()})
-    return all(list(kept.get(name, ())) == seeds_of(suite, name, about["n"]) for name in about["methods"])
+    n = about.get("n", 3)
+    return all(list(kept.get(name, ())) == seeds_of(suite, name, n) for name in about["methods"])
 
 
 def over_cells(results):
@@ -387,8 +390,19 @@ def draw_bands(axes, x, scores, label, style):
     axes.plot(x, point, linewidth=2.2, label=f"{label} (n = {count})", **style)
 
 
-def draw_curves(path, panels, name, minutes=False):
-    """Scores, called `name`, over steps in panels {title: {label: Runs}}, and beside them over the median minutes."""
+def draw_official(axes, task, frames):
+    """The official DrQ-v2 agent's returns, mean and range over its seeds, at the marks up to `frames`."""
+    with open(RESULTS / "drqv2_official.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == task and float(row["frames"]) <= frames]
+    x, mean, low, high = np.array([[float(row[key]) for key in ("frames", "mean", "min", "max")] for row in rows]).T
+    label = "official agent, other settings (mean, range)"
+    axes.errorbar(x, mean, [mean - low, high - mean], fmt="s", color="0.5", capsize=4, clip_on=False, label=label)
+    axes.set_ylim(0, 1000)
+
+
+def draw_curves(path, panels, name, minutes=False, official=None):
+    """Scores, called `name`, over steps in panels {title: {label: Runs}}, and beside them over the median minutes; with
+    those of the official DrQ-v2 agent on the task `official`."""
     rows, columns = (len(panels), 2) if minutes else (1, len(panels))
     size = {"figsize": (5 * columns + 2.5 * (columns == 1), 4.4 * rows), "sharey": True}
     figure, grid = plt.subplots(rows, columns, layout="constrained", squeeze=False, **size)
@@ -401,6 +415,8 @@ def draw_curves(path, panels, name, minutes=False):
                 draw_bands(axes, x, runs.scores, label, styles[label])
             axes.set(xlabel=words, title=title)
             axes.grid(alpha=0.3)
+        if official:
+            draw_official(row[0], official, runs.steps[-1])
         row[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
     for row in grid:
         row[0].set_ylabel(name)
@@ -413,7 +429,8 @@ def draw_suite(path, suite):
     if suite == "jump-impala":
         results = {name: Runs(x.seeds, x.steps, *map(np.concatenate, x[2:])) for name, x in results.items()}
     panels = {title: {label: results[x] for label, x in found.items()} for title, found in PANELS[suite].items()}
-    draw_curves(path, panels or {"": results}, scale_of(suite).name, suite == "jump-impala")
+    official = "cartpole_balance_sparse" if suite == "dmc-sparse" else None
+    draw_curves(path, panels or {"": results}, scale_of(suite).name, suite == "jump-impala", official)
 
 
 def draw_forest(path, family):
@@ -501,11 +518,17 @@ def insert_table(mark, table):
 def main(argv=None):
     """Draws what the names begin with. Returns the exit code."""
     wanted = tuple(sys.argv[1:] if argv is None else argv) or ("",)
+    if wanted[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
     tables, figures = ([name for name in found if name.startswith(wanted)] for found in (TABLES, FIGURES))
     if not tables + figures:
         print(f"plot.py: error: {wanted[0]!r}: choose among {', '.join(TABLES | FIGURES)}", file=sys.stderr)
         return 2
     for name in tables:
+        if name in CELLS and not is_complete(name):
+            print(f"{name}: not all runs yet\n")
+            continue
         table = TABLES[name]()
         insert_table(name, table)
         print(f"{name}\n{table}\n")

@@ -421,6 +421,16 @@ def test_curves_are_over_steps_and_minutes(plot, monkeypatch):
     assert [line.get_color() for line in steps.lines] == [line.get_color() for line in minutes.lines]
 
 
+def test_official_marks_are_those_of_the_task_within_the_run(plot, tmp_path):
+    rows = ["task,frames,mean,min,max", "a_b,50,400,300,600", "a_b,100,900,800,950", "a_bc,50,1,1,1"]
+    (tmp_path / "drqv2_official.csv").write_text("\n".join(rows))
+    axes = plot.plt.figure().subplots()
+    plot.draw_official(axes, "a_b", 99.0)
+    ((marks, caps, _),) = axes.containers
+    assert marks.get_xydata().tolist() == [[50.0, 400.0]] and axes.get_ylim() == (0, 1000)
+    assert [cap.get_ydata().tolist() for cap in caps] == [[300.0], [600.0]]
+
+
 def test_grid_shows_the_share_of_seeds_that_solve_a_task(plot, monkeypatch):
     grid, figures = plot.ppo_pisco.JUMP_GRID, []
     tasks = " ".join(f"{x}:{y}" for x, y in reversed(grid))
@@ -441,10 +451,33 @@ def test_gains_in_sentences_stand_in_tables():
     """In those that plot.py writes from the kept runs; or a commit is named that has the runs."""
     gain = r"[+-]\d\.\d\d \[[+-]\d\.\d\d, [+-]\d\.\d\d\]"
     page, readme = ((ROOT / name).read_text() for name in ("benchmark/README.md", "README.md"))
+    page = re.sub(r"```.*?```", "", page, flags=re.S)  # the output of a comparison
     tables = "\n".join(line for line in page.splitlines() if line.startswith("|"))
     prose = " ".join(line for line in page.splitlines() if not line.startswith("|")) + readme
     gains = re.findall(rf"({gain})( \(commit \w{{7}})?", " ".join(prose.split()))
     assert len(gains) > 3 and not [gain for gain, commit in gains if not commit and gain not in tables]
+
+
+def test_the_page_is_for_two_minutes(monkeypatch):
+    """Its length, and a place for every table of verdicts; the README's sentences hold two numbers at most."""
+    plot = load("plot", monkeypatch)
+    page = (ROOT / "benchmark" / "README.md").read_text()
+    text = re.sub(r"```.*?```", "", page, flags=re.S)
+    words = [word for line in text.splitlines() if not line.startswith("|") for word in line.split()]
+    assert len(words) <= 1300
+    for name in (*plot.FAMILIES, "exploratory", "freezing", "noise", "speed", "jump-cells"):
+        assert f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page, name
+    readme = (ROOT / "README.md").read_text()
+    found = re.search(r"## What was found\n(.+?)\n## ", readme, flags=re.S).group(1)
+    assert len([line for line in found.splitlines() if line.startswith("| ")]) - 1 <= 8
+    lines = re.sub(r"```.*?```", "", readme, flags=re.S).splitlines()
+    prose = " ".join(line for line in lines if not line.startswith(("|", "!", "#", "$$")))
+    prose = re.sub(r"`[^`]*`|\]\(\S+\)", "", prose)  # code and links
+    for sentence in re.split(r"(?<=[.:;]) ", prose):
+        assert len(re.findall(r"(?<![\w.])\d[\d,.]*", sentence)) <= 2, sentence
+    lengths = {"plot.py": 550, "compare.py": 250}
+    for name, limit in lengths.items():
+        assert len((ROOT / "benchmark" / name).read_text().splitlines()) <= limit, name
 
 
 def test_table_goes_between_its_marks_alone(plot, tmp_path, monkeypatch):
@@ -460,6 +493,10 @@ def test_only_what_is_named_is_drawn(plot, capsys, monkeypatch):
     monkeypatch.setattr(plot, "FIGURES", {"jump-long": lambda path: 1 / 0, "jump-cells": lambda path: print(path.name)})
     assert plot.main(["jump-cells"]) == 0
     assert capsys.readouterr().out == "jump-cells\na table\n\njump-cells.png\n"
+    monkeypatch.setattr(plot, "CELLS", ("jump-cells",))
+    monkeypatch.setattr(plot, "is_complete", lambda suite: False)
+    assert plot.main(["jump-cells"]) == 0 and "not all runs yet" in capsys.readouterr().out
+    assert plot.main(["--help"]) == 0 and "jump-cells" in capsys.readouterr().out
     assert plot.main(["bogus"]) == 2
     assert capsys.readouterr().err.startswith("plot.py: error: 'bogus'")
 
