@@ -294,7 +294,8 @@ def write_noise_table():
     """Success of jump-noise's fresh heads under noise as Markdown, means over cells."""
     runs = [over_cells(read_suite("jump-noise", f"fresh head, noise {std}")) for std in STDS]
     rows = [[m, str(runs[0][m].scores.size), *(f"{found[m].scores.mean():.2f}" for found in runs)] for m in runs[0]]
-    return markdown(["method", "n", *(f"noise {std}" for std in STDS)], rows)
+    rows = [[*row, str(int((runs[0][row[0]].scores == 0).sum()))] for row in rows]
+    return markdown(["method", "n", *(f"noise {std}" for std in STDS), "solve nothing without noise"], rows)
 
 
 def write_freezing():

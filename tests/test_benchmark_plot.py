@@ -392,7 +392,7 @@ def test_changes_under_noise_by_hand(plot, tmp_path, monkeypatch):
     assert scores["a, change under noise"][..., 0].tolist() == [[-0.25, 0.25], [0.0, -1.0]]
     assert scores["a, relative change"][..., 1].tolist() == [[-0.5, 0.0], [0.0, -1.0]]
     monkeypatch.setattr(plot, "STDS", (0, 64))
-    assert plot.write_noise_table().splitlines()[2] == "| a | 4 | 0.50 | 0.25 |"
+    assert plot.write_noise_table().splitlines()[2] == "| a | 4 | 0.50 | 0.25 | 1 |"
 
 
 def test_own_rates_of_the_kept_comparisons_are_those_that_their_protocol_chooses(monkeypatch):
