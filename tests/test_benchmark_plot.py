@@ -19,6 +19,7 @@ def plot(monkeypatch, tmp_path):
     """benchmark/plot.py with a folder of results of its own, and a suite `tiny` in it."""
     module = load("plot", monkeypatch)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "PAGES", [])
     monkeypatch.setattr(module, "aggregate", lambda x: (x.mean(0), np.stack([x.min(0), x.max(0)])))
     put_run(tmp_path / "tiny", "one method", 10, (0.75, 1.0), seconds=6, resumed=True)
     put_run(tmp_path / "tiny", "one method", 2, (0.25, 0.5))
