@@ -117,6 +117,7 @@ def start(folder, *more):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "benchmark" / "compare.py"), *words], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )  # fmt: skip
 
 
