@@ -7,24 +7,32 @@
     python benchmark/run.py dmc-small --dry-run                  # print the commands, run nothing
     python benchmark/run.py quickstart --results again           # repeat a suite, its kept results stay as they are
 
-Every run is one of the repository's programs, which Ray starts where there is room. A finished one leaves metrics.csv,
-evaluation.json and manifest.json under benchmark/results/SUITE/METHOD/SEED/ and is skipped from then on, as is one that
-another suite has run with the same command and the same number of cores: its results are copied. Networks stay in
-benchmark/runs/weights/ of this machine; encoders that other suites begin with are kept with the results. A killed run
-goes on from its checkpoint, a failed one is tried once more and then reported. After Ctrl-C the same command goes on.
+Every run is one of the repository's programs, which Ray starts where there is room. A finished one is a row of
+benchmark/results/SUITE/runs.csv and a row per evaluation of evaluations.csv.gz beside it, and is skipped from then on,
+as is one that another suite has run with the same command and the same number of cores: its rows are copied. Tables of
+two machines are joined by `cat`. Networks stay in benchmark/runs/weights/ of this machine; encoders that other suites
+begin with are kept in SUITE/encoders/. A killed run goes on from its checkpoint, a failed one is tried once more and
+then reported. After Ctrl-C the same command goes on.
 """
 
+import contextlib
+import csv
 import ctypes
+import fcntl
 import fnmatch
+import gzip
 import hashlib
+import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,13 +42,16 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmark"))
-from suites import SUITES, folder_of, seeds_of, weights_folder  # noqa: E402
+from suites import SUITES, encoder_of, seeds_of, weights_folder  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
 WORK = ROOT / "benchmark" / "runs"  # unfinished runs
-KEPT = ("metrics.csv", "evaluation.json")
-ENCODER = ("encoder.safetensors",)  # in the results of the suites whose encoders others begin with
-NETWORKS = ("args.json", *ENCODER, "model.safetensors")  # for further measurements, not in the results
+KEPT = ("metrics.csv", "evaluation.json")  # what the rows of the tables are made of
+NETWORKS = ("args.json", "encoder.safetensors", "model.safetensors")  # for further measurements, not in the results
+RUN_COLUMNS = (
+    "method", "seed", "command", "commit", "started", "hardware", "versions", "cores", "seconds", "resumed",
+    "encoder_sha256", "note",
+)  # fmt: skip
 PACKAGES = ("torch", "gymnasium", "envpool", "dm-control", "mujoco", "numpy")
 
 
@@ -78,16 +89,104 @@ class Run:
     def flags(self):
         """The program and its flags, as a list."""
         suite = SUITES[self.suite]
-        return f"{suite['program']} {suite['methods'][self.method]} --seed {self.seed}".split()
+        return shlex.split(f"{suite['program']} {suite['methods'][self.method]} --seed {self.seed}")
 
     @property
     def command(self):
-        return " ".join(["python", *self.flags])
+        return shlex.join(["python", *self.flags])
 
-    def folder(self, parent):
-        return folder_of(parent, self.suite, self.method) / str(self.seed)
+    @property
+    def work(self):
+        """The folder of the run as long as it is not finished."""
+        return WORK / self.suite / self.method.replace(" ", "_") / str(self.seed)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: a suite's runs.csv, and evaluations.csv.gz with a gzip member a run
+# ---------------------------------------------------------------------------------------------------------------------
+def read_whole(path):
+    """What the table says without pieces that kills cut off, as bytes, and where its last whole part ends."""
+    data = path.read_bytes() if path.exists() else b""
+    if path.suffix != ".gz":
+        size = data.rfind(b"\n") + 1
+        return data[:size], size
+    text, start, size = b"", 0, 0
+    while 0 <= start < len(data):
+        member, piece = zlib.decompressobj(zlib.MAX_WBITS | 16), b""
+        with contextlib.suppress(zlib.error):
+            piece = member.decompress(data[start:])
+        if member.eof:
+            text, start = text + piece, len(data) - len(member.unused_data)
+            size = start
+        else:  # a piece; another table may have been joined to it
+            start = data.find(b"\x1f\x8b\x08", start + 1)
+    return text, size
+
+
+def read_table(path):
+    """The table's rows [{column: text}]. A line that begins with `method,seed` names the columns of those after it; one
+    that a kill cut off, before another table was joined to it, has too many columns or no seed."""
+    rows, names = [], []
+    for row in csv.reader(io.StringIO(read_whole(path)[0].decode())):
+        if row[:2] == ["method", "seed"]:
+            names = row
+        elif len(row) == len(names) and row[1].isdigit():
+            rows.append(dict(zip(names, row)))
+    return rows
+
+
+def append(path, rows):
+    """Appends rows [{column: value}] of the same columns to the table, in one write that is on the disk afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        size = read_whole(path)[1]
+        file.truncate(size)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        if path.suffix == ".gz" or not size:
+            writer.writeheader()
+        writer.writerows(rows)
+        data = text.getvalue().encode()
+        file.write(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_runs(folder):
+    """{(method, seed): row of runs.csv} of the suite in the folder, in the table's order; the last of equal ones."""
+    return {(row["method"], int(row["seed"])): row for row in read_table(folder / "runs.csv")}
+
+
+def read_evaluations(folder):
+    """{(method, seed): [row of evaluations.csv.gz, by rising step]} of the finished runs in the folder."""
+    found = {key: {} for key in read_runs(folder)}
+    for row in read_table(folder / "evaluations.csv.gz"):
+        found.get((row["method"], int(row["seed"])), {})[int(row["global_step"])] = row
+    return {key: [rows[step] for step in sorted(rows)] for key, rows in found.items()}
+
+
+def evaluations_of(run, files):
+    """A finished run's evaluations as rows: step, seconds of training, metrics, the loss's gradient beside RL's, and of
+    the last one the tasks that were played with a 0 or 1 for each that the greedy and the sampled policy solve."""
+    rows = []
+    for row in csv.DictReader(io.StringIO(files["metrics.csv"].decode())):
+        metrics = {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+        if any(metrics.values()):
+            seconds = float(row["global_step"]) / float(row["charts/SPS"])
+            about = {"method": run.method, "seed": run.seed, "global_step": row["global_step"]}
+            share = {name[7:]: row[name] for name in ("losses/ssl_grad_share",) if name in row}
+            rows.append(about | {"seconds": f"{seconds:.3f}"} | metrics | share)
+    last = json.loads(files["evaluation.json"])
+    for policy in ("greedy", "sampled"):
+        if solved := last.get(policy, {}).get("solved"):
+            rows[-1] |= {"tasks": " ".join(solved), policy: "".join(str(int(value)) for value in solved.values())}
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which runs
+# ---------------------------------------------------------------------------------------------------------------------
 def choose_runs(args):
     """The suite's runs, seed by seed, so that an interrupted suite has all methods. Raises UsageError, also where there
     is no place for results."""
@@ -111,23 +210,26 @@ def choose_runs(args):
 
 
 def is_finished(run, results):
-    """Whether a run's results are in the folder `results`. Raises UsageError where they are another command's."""
-    path = run.folder(results) / "manifest.json"
-    if not path.exists():
-        return False
-    if json.loads(path.read_text())["command"] != run.command:
-        raise UsageError(f"{path}: made by another command than the suite's; delete the folder to run it anew")
-    return True
+    """Whether a run is in the tables of the folder `results`. Raises UsageError where they have another command's."""
+    row = read_runs(results / run.suite).get((run.method, run.seed))
+    if row and row["command"] != run.command:
+        table = results / run.suite / "runs.csv"
+        raise UsageError(f"{table}: {run.method}, {run.seed} is of another command; delete its line to run it anew")
+    return row is not None
 
 
 def share(run, results, cpus):
     """Copies the results of another suite's run of the same command on as many cores, if there are any in the folder
-    `results`. Returns whether there were."""
-    for path in sorted(results.glob("*/*/*/manifest.json")):
-        manifest = json.loads(path.read_text())
-        if manifest["command"] == run.command and manifest["cores_per_run"] == cpus:
-            put(run, results, {other.name: other.read_bytes() for other in path.parent.iterdir()})
-            return True
+    `results`. Returns whether there were. Suites that are not in suites.py any more may be of other defaults."""
+    for table in sorted(results.glob("*/runs.csv")):
+        suite = table.parent.name
+        for (method, seed), row in read_runs(table.parent).items() if suite in SUITES or results != RESULTS else ():
+            if row["command"] == run.command and float(row["cores"]) == cpus:
+                names = {"method": run.method, "seed": run.seed}
+                rows = [row | names for row in read_evaluations(table.parent)[method, seed]]
+                encoder = encoder_of(suite, method, seed, results)
+                put(run, results, rows, row | names, encoder.read_bytes() if encoder.exists() else None)
+                return True
     return False
 
 
@@ -164,7 +266,7 @@ def threads(cpus):
 def execute(command, flags, work, cpus):
     """Runs a program in the folder `work`, or goes on with the run that a kill has left there.
 
-    Returns its exit code, its kept files {name: bytes}, what is known of the machine, and the end of its output.
+    Returns its exit code, its kept files {name: bytes}, its columns of runs.csv, and the end of its output.
     """
     began, note = time.time(), work / "command.txt"
     if not note.exists() or note.read_text() != command:  # a leftover of other flags
@@ -180,10 +282,11 @@ def execute(command, flags, work, cpus):
             preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG (Linux): it ends with Ray's worker
             env=os.environ | {"OMP_NUM_THREADS": str(threads(cpus))},
         )  # fmt: skip
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     about = {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "hardware": hardware(), "cores_per_run": cpus, "wall_seconds": round(time.time() - began, 1),
-        "resumed": bool(begun),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(note.stat().st_mtime)), "hardware": hardware(),
+        "versions": ", ".join(map(" ".join, versions.items())), "cores": cpus,
+        "seconds": round(time.time() - began, 1), "resumed": bool(begun),
     }  # fmt: skip
     files = {}
     if process.returncode == 0:
@@ -206,62 +309,67 @@ def commit_of_code():
     return commit + ("-changed" if changes else "")
 
 
-def put(run, results, files):
-    """Puts files {name: bytes} into the run's folder of the results, all at once."""
-    folder = run.folder(results)
-    partial = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in files.items():
-        (partial / name).write_bytes(content)
-    os.replace(partial, folder)
+def put(run, results, rows, about, encoder=None):
+    """Puts a run into the tables of the folder `results`: its evaluations, then its row of runs.csv, which counts."""
+    if encoder and SUITES[run.suite].get("encoders"):
+        path = encoder_of(run.suite, run.method, run.seed, results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        partial.write_bytes(encoder)
+        os.replace(partial, path)
+    append(results / run.suite / "evaluations.csv.gz", rows)
+    append(results / run.suite / "runs.csv", [{name: about.get(name, "") for name in RUN_COLUMNS}])
 
 
 def keep(run, results, files, about):
-    """Keeps a finished run's files and its manifest in the folder `results`, and its networks on this machine."""
-    manifest = {"command": run.command, **about}
+    """Keeps a finished run in the tables of the folder `results`, and its networks on this machine."""
     weights = weights_folder(WORK, run.flags)
     weights.mkdir(parents=True, exist_ok=True)
     (weights / "command.txt").write_text(run.command + "\n")  # the folder's name tells nobody
     for name in NETWORKS:
         if name in files:
             (weights / name).write_bytes(files[name])
-    kept = {name: files[name] for name in KEPT + ENCODER * SUITES[run.suite].get("encoders", False)}
-    put(run, results, kept | {"manifest.json": json.dumps(manifest, indent=1).encode() + b"\n"})
-    shutil.rmtree(run.folder(WORK), ignore_errors=True)
+    about = {"method": run.method, "seed": run.seed, "command": run.command, **about}
+    put(run, results, evaluations_of(run, files), about, files.get("encoder.safetensors"))
+    shutil.rmtree(run.work, ignore_errors=True)
 
 
-def run_all(runs, args):
-    """Runs what is not finished yet. Returns the runs that failed twice."""
+def unfinished(runs, args):
+    """The runs that have no results yet, after those are copied that another suite has made."""
+    return [run for run in runs if not is_finished(run, args.results) and not share(run, args.results, args.cpus)]
+
+
+def run_all(runs, args, bar):
+    """Runs all of them, each a step of the bar, through Ray. Returns the runs that failed twice."""
     import ray
 
     ray.init(address=args.address, log_to_driver=False, include_dashboard=False)
     remote = ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)(execute)
 
     def start(run):
-        return remote.remote(run.command, run.flags, run.folder(WORK), args.cpus)
+        return remote.remote(run.command, run.flags, run.work, args.cpus)
 
     commit = commit_of_code()  # now, as the programs may change while the runs last
     waiting = {start(run): (run, 1) for run in runs}
     failed = []
     try:
-        with tqdm(total=len(runs), unit="run", file=sys.stdout) as bar:
-            while waiting:
-                done, _ = ray.wait(list(waiting))
-                for task in done:
-                    run, attempt = waiting.pop(task)
-                    try:
-                        code, files, about, output = ray.get(task)
-                    except ray.exceptions.RayError as error:
-                        code, output = 1, str(error)
-                    if code == 0:
-                        keep(run, args.results, files, {"commit": commit, **about})
-                        bar.update()
-                    elif attempt == 1:
-                        waiting[start(run)] = (run, 2)
-                    else:
-                        failed.append(run)
-                        bar.write(f"failed twice: {run.command}\n{output}\nto start it anew delete {run.folder(WORK)}")
+        while waiting:
+            done, _ = ray.wait(list(waiting))
+            for task in done:
+                run, attempt = waiting.pop(task)
+                try:
+                    code, files, about, output = ray.get(task)
+                except ray.exceptions.RayError as error:
+                    code, output = 1, str(error)
+                if code == 0:
+                    keep(run, args.results, files, {"commit": commit, **about})
+                elif attempt == 1:
+                    waiting[start(run)] = (run, 2)
+                    continue
+                else:
+                    failed.append(run)
+                    bar.write(f"failed twice: {run.command}\n{output}\nto start it anew delete {run.work}")
+                bar.update()
     finally:
         ray.shutdown()  # the programs end with their workers
     return failed
@@ -273,14 +381,13 @@ def main(argv=None):
     try:
         args.results = args.results or RESULTS
         runs = choose_runs(args)
-        left = [run for run in runs if not is_finished(run, args.results)]
-        if not args.dry_run:
-            left = [run for run in left if not share(run, args.results, args.cpus)]
-        print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
         if args.dry_run:
             print("\n".join(f"OMP_NUM_THREADS={threads(args.cpus)} {run.command}" for run in runs))
             return 0
-        failed = run_all(left, args) if left else []
+        left = unfinished(runs, args)
+        print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(left)} of them finished", flush=True)
+        with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", file=sys.stdout) as bar:
+            failed = run_all(left, args, bar) if left else []
     except UsageError as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from report import take_samples, write_report  # noqa: E402
+from stats import take_samples, write_report  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
