@@ -97,24 +97,28 @@ CASES = {  # name: flags, share of --steps
     "jump, none, 0 frozen": (f"{JUMP} --ssl none", 8),
     "jump, none, 2 frozen": (f"{JUMP} --ssl none {FROZEN} 2", 8),
     "jump, none, all frozen": (f"{JUMP} --ssl none {FROZEN} all", 8),
-    "jump, pisco, 2 frozen": (f"{JUMP} --ssl pisco {FROZEN} 2", 8),
+    "jump, pisco, 2 frozen": (f"{JUMP} --ssl pisco --ssl-fraction 1 {FROZEN} 2", 8),
+    "jump, pisco on half, 2 frozen": (f"{JUMP} --ssl pisco --ssl-fraction 0.5 {FROZEN} 2", 8),
     "pong, none, 0 frozen": (f"{ATARI_OURS} --ssl none", 1),
     "pong, none, 0 frozen, bf16": (f"{ATARI_OURS} --ssl none --bf16", 1),
     "pong, none, 2 frozen": (f"{ATARI_OURS} --ssl none {FROZEN} 2", 1),
-    "pong, pisco, 2 frozen": (f"{ATARI_OURS} --ssl pisco {FROZEN} 2", 1),
+    "pong, pisco, 2 frozen": (f"{ATARI_OURS} --ssl pisco --ssl-fraction 1 {FROZEN} 2", 1),
+    "pong, pisco on half, 2 frozen": (f"{ATARI_OURS} --ssl pisco --ssl-fraction 0.5 {FROZEN} 2", 1),
     "pong, impala, none, 0 frozen": (f"{IMPALA} --ssl none", 0.5),
     "pong, impala, none, 6 frozen": (f"{IMPALA} --ssl none {FROZEN} 6", 0.5),
-    "pong, impala, pisco, 6 frozen": (f"{IMPALA} --ssl pisco {FROZEN} 6", 0.5),
+    "pong, impala, pisco, 6 frozen": (f"{IMPALA} --ssl pisco --ssl-fraction 1 {FROZEN} 6", 0.5),
+    "pong, impala, pisco on half, 6 frozen": (f"{IMPALA} --ssl pisco --ssl-fraction 0.5 {FROZEN} 6", 0.5),
 }
 RATIOS = [  # the first one's steps per second over the second one's
     ("jump, none, 0 frozen", "jump, none, 2 frozen", "cost of freezing"),
     ("pong, none, 0 frozen", "pong, none, 2 frozen", "cost of freezing"),
     ("pong, impala, none, 0 frozen", "pong, impala, none, 6 frozen", "cost of freezing"),
-    ("jump, none, 2 frozen", "jump, pisco, 2 frozen", "cost of pisco, same freezing"),
-    ("jump, none, 0 frozen", "jump, pisco, 2 frozen", "cost of pisco and freezing"),
-    ("pong, none, 2 frozen", "pong, pisco, 2 frozen", "cost of pisco, same freezing"),
-    ("pong, none, 0 frozen", "pong, pisco, 2 frozen", "cost of pisco and freezing"),
-    ("pong, impala, none, 0 frozen", "pong, impala, pisco, 6 frozen", "cost of pisco and freezing"),
+    *(
+        (f"{game}, none, {k} frozen", f"{game}, {loss}, {frozen} frozen", f"cost of pisco{meaning}")
+        for game, frozen in (("jump", 2), ("pong", 2), ("pong, impala", 6))
+        for loss in ("pisco", "pisco on half")
+        for k, meaning in ((frozen, ", same freezing"), (0, " and freezing"))
+    ),
     ("pong, none, 0 frozen, bf16", "pong, none, 0 frozen", "speed-up by bf16"),
 ]
 

@@ -74,7 +74,7 @@ PROCGEN = ATARI | {
 JUMP = {
     "num_envs": 32, "num_steps": 64, "num_minibatches": 8, "update_epochs": 3, "learning_rate": 1e-3,
     "anneal_lr": False, "clip_coef": 0.2, "ent_coef": 0.01, "gamma": 0.99, "feature_dim": 256, "encoder": "nature",
-    "reward_scale": 0.1, "total_timesteps": 102_400, "eval_interval": 10_240, "ssl": "pisco", "ssl_coef": 1.0,
+    "reward_scale": 0.1, "total_timesteps": 102_400, "eval_interval": 10_240, "ssl": "pisco", "ssl_coef": 3.0,
     "ssl_teacher": "state", "projector": "none", "ssl_fraction": 1.0, "jump_tasks": "target",
     "jump_prior": 0.1, "jump_reward": 1.0,
 }  # fmt: skip
