@@ -210,7 +210,7 @@ TWO_VIEWS = {  # loss, frozen layers: policy_loss, value_loss, entropy, the loss
 def test_two_views_give_the_numbers_that_they_always_gave(tmp_path, ssl, count):
     """Other CPUs round otherwise."""
     flags = f"--ssl {ssl} --freeze-layers {count} --ssl-coef 0.1 --ssl-teacher view --projector mlp --freeze-random"
-    row = metrics(train(tmp_path, f"{flags} --eval-interval 0"))[-1]
+    row = metrics(train(tmp_path, f"{flags} --ssl-fraction 0.5 --eval-interval 0"))[-1]
     names = ("policy_loss", "value_loss", "entropy", ssl, "grad_norm_trained")
     found = [float(row[f"losses/{name}"]) for name in names]
     assert found == pytest.approx(TWO_VIEWS[ssl, count], rel=1e-3, abs=1e-6)
