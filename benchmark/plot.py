@@ -473,15 +473,17 @@ def draw_grid(path, panels):
     first.imshow(obs[0, 0], cmap="gray", origin="lower")
     first.set_title("obstacle 45, floor 15", fontsize=10)
     first.axis("off")
-    (x0, y0), (x1, y1) = ppo_pisco.JUMP_GRID[0], ppo_pisco.JUMP_GRID[-1]
     for axes, (title, (suite, method, tasks)) in zip(others, panels.items()):
         rows = [rows[-1] for _, rows in read_kept(suite)[method].values()]
         tables = [dict(zip(row["tasks"].split(), row["greedy"])) for row in rows]
-        solved = [[int(table[f"{x}:{y}"]) for x, y in ppo_pisco.JUMP_GRID] for table in tables]
+        trained = ppo_pisco.parse_jump_tasks(tasks)
+        played = sorted(tuple(map(int, task.split(":"))) for task in tables[0])
+        (x0, y0), (x1, y1) = played[0], played[-1]
+        solved = [[int(table[f"{x}:{y}"]) for x, y in played] for table in tables]
         share = np.mean(solved, axis=0).reshape(x1 - x0 + 1, y1 - y0 + 1).T  # (floors, obstacles)
         extent = (x0 - 0.5, x1 + 0.5, y0 - 0.5, y1 + 0.5)
         image = axes.imshow(share, origin="lower", extent=extent, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        axes.scatter(*zip(*ppo_pisco.parse_jump_tasks(tasks)), s=14, facecolor="none", edgecolor="#d55e00")
+        axes.scatter(*zip(*trained), s=14, facecolor="none", edgecolor="#d55e00")
         axes.set_title(f"{title}: {share.mean() * share.size:.0f} of {share.size} tasks (n = {len(rows)})", fontsize=10)
         axes.set(xlabel="obstacle (pixels)", ylabel="floor (pixels)")
     figure.colorbar(image, ax=others, label="share of seeds")

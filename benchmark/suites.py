@@ -227,9 +227,9 @@ PANELS = {  # a suite's learning curves: {title: {label: method}}, or all method
     },
     "dmc-sparse": {},
 }
-GRIDS = {  # the README's first picture, Jump's grid: {title: (suite, method, tasks that it was trained on)}
+GRIDS = {  # the README's first picture, Jump's tasks: {title: (suite, method, tasks that it was trained on)}
     "solved": {
-        "without the loss": ("jump-grid", "wide, none", "wide"),
-        "with PiSCO": ("jump-grid", "wide, pisco", "wide"),
+        "without a loss": ("jump-settings", "finetuned, no loss, rate 1e-3", LIFTED),
+        "with the default one": ("jump-settings", "finetuned, none, weight 3, whole minibatch", LIFTED),
     },
 }
