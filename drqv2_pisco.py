@@ -8,7 +8,7 @@
     python drqv2_pisco.py --freeze-layers 2                                 # cartpole-swingup, encoder of the balance
     python drqv2_pisco.py --encoder-weights none --ssl none                 # DrQ-v2 from scratch, its own settings
     python drqv2_pisco.py --env-id walker-walk --help                       # any task has the official defaults
-    python drqv2_pisco.py --resume runs/cartpole-swingup__drqv2_pisco__1__1700000000    # go on with a killed run
+    python drqv2_pisco.py --resume runs/cartpole-swingup__drqv2_pisco__1__1700000000000000    # go on with a killed run
 
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
@@ -93,7 +93,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector
+    projector_dim: int = 256  # hidden width of the projector, which simsiam has in any case, as it collapses without
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per update
 
     # DrQ-v2
@@ -164,7 +164,7 @@ class DMCPixels(gym.Env):
         tasks |= {f"manipulation-{task[:-7]}" for task in manipulation.ALL if task.endswith("_vision")}
         if env_id not in tasks:
             close = difflib.get_close_matches(env_id, tasks) or ["cartpole-swingup", "walker-walk"]
-            raise SystemExit(f"--env-id {env_id}: unknown environment; did you mean {', '.join(close)}?")
+            raise SystemExit(f"--env-id {env_id}: unknown (games have ppo_pisco.py); did you mean {', '.join(close)}?")
         domain, task = env_id.split("-")
         self.action_repeat, self.divergence, self.camera = action_repeat, PhysicsError, None
         if domain == "manipulation":  # brings its own images of 84x84 pixels
@@ -359,7 +359,7 @@ class Agent(nn.Module):
             self.key_encoder = nn.Sequential(Encoder(args, obs_shape), make_trunk(map_shape, dim)).requires_grad_(False)
             self.key_encoder[0].load_state_dict(encoder.state_dict())
             self.key_encoder[1].load_state_dict(self.actor.trunk.state_dict())
-        elif args.ssl != "none" and args.projector != "none":
+        elif args.ssl == "simsiam" or args.ssl != "none" and args.projector != "none":
             self.projector = make_mlp([dim, args.projector_dim, dim])
             if args.projector == "residual":
                 nn.init.zeros_(self.projector[-1].weight)  # with ssl_loss's sum it begins as the identity
@@ -886,11 +886,12 @@ def train(args, script=__file__):
         seconds += time.perf_counter() - began
 
         before, after, last = first_step * args.action_repeat, step * args.action_repeat, step == total_steps  # frames
-        if not critic_optimizer.state and (last or not done or truncated and step - first_step < args.nstep):
+        images, _ = replay.head - replay.start, replay.end_episode(args.nstep)  # of this episode
+        hopeless = not replay.episodes and (images > replay.rows or truncated and images <= args.nstep)
+        if hopeless or last and not critic_optimizer.state:
             (folder / "replay.bin").unlink()
             raise SystemExit("--nstep, --replay-size: no episode ended that is longer than the one and fits the other")
         row = {"global_step": after, "charts/SPS": after / seconds, "charts/stddev": std}
-        replay.end_episode(args.nstep)
         if done:
             row["charts/episodic_return"], row["charts/episodic_length"] = episode_return, step - first_step
             row["charts/replay_steps"] = sum(steps for _, steps in replay.episodes)

@@ -8,7 +8,7 @@
     python ppo_pisco.py --freeze-layers 2                                   # MSR Jump, shipped encoder, a few minutes
     python ppo_pisco.py --encoder-weights none --ssl none                   # the same task from scratch
     python ppo_pisco.py --env-id Breakout-v5 --help                         # any environment has defaults of its own
-    python ppo_pisco.py --resume runs/Jump-v0__ppo_pisco__1__1700000000     # go on with a killed run
+    python ppo_pisco.py --resume runs/Jump-v0__ppo_pisco__1__1700000000000000     # go on with a killed run
 
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
@@ -94,7 +94,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector
+    projector_dim: int = 256  # hidden width of the projector, which simsiam has in any case, as it collapses without
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per minibatch
 
     # PPO
@@ -460,7 +460,7 @@ class Agent(nn.Module):
             self.key_encoder = Encoder(args, obs_shape).requires_grad_(False)  # follows f, see update
             self.key_encoder.load_state_dict(encoder.state_dict())
             self.key_encoder.frozen = encoder.frozen
-        elif args.ssl != "none" and args.projector != "none":
+        elif args.ssl == "simsiam" or args.ssl != "none" and args.projector != "none":
             self.projector = make_mlp([dim, args.projector_dim, dim], std=1)
             if args.projector == "residual":
                 nn.init.zeros_(self.projector[-1].weight)  # with ssl_loss's sum it begins as the identity
@@ -660,8 +660,7 @@ def collect_rollout(agent, envs, next_obs, args):
 
 def minibatch_loss(agent, obs, hidden, actions, logprobs, advantages, returns, values, args):
     """L = L_RL + lambda L_ssl on one minibatch -> loss, statistics, and the encoder's frozen_prefix and z of all rows.
-    obs (B, C, H, W) uint8; hidden (B, ...), their frozen_prefix, or None where nothing is frozen; all else (B,). With
-    hidden and without views obs may be None."""
+    obs (B, C, H, W) uint8, None where no one needs them; hidden (B, ...) their frozen_prefix, or None; the rest (B,)"""
     b = math.ceil(args.ssl_fraction * len(actions)) if args.ssl != "none" else 0  # rows of the self-supervised loss
     views = [augment(obs[:b], args) for _ in range(1 if args.ssl_teacher == "state" else 2)] if b else []
     if hidden is None:
@@ -701,6 +700,7 @@ def update(agent, optimizer, rollout, next_value, args):
     b_actions, b_logprobs, b_values = rollout.actions.flatten(), rollout.logprobs.flatten(), rollout.values.flatten()
     b_advantages, b_returns = advantages.flatten().to(device), returns.flatten().to(device)  # (T * N,) each
     valid_inds = rollout.valid.flatten().nonzero().squeeze(1)
+    measurable = args.ssl != "none" and args.ssl_fraction > 0 and agent.encoder.frozen < len(agent.encoder.layers)
     history, once = [], {}  # statistics of every minibatch, and those that one minibatch of an iteration is enough for
     for _ in range(args.update_epochs):
         # Every minibatch has the same size: a few rows, drawn at random, come twice in place of the rows left out.
@@ -710,7 +710,7 @@ def update(agent, optimizer, rollout, next_value, args):
             # (B, C, H, W) and (B, C', H', W') or (B, D), whole images copied at once
             mb_obs = None if b_obs is None else b_obs.index_select(0, mb_inds).movedim(-1, 1)
             mb_hidden = None if b_hidden is None else b_hidden.index_select(0, mb_inds).movedim(-1, 1)
-            measured = not history and args.ssl != "none" and agent.encoder.frozen < len(agent.encoder.layers)
+            measured = measurable and not history
             loss, stats, (hidden, features) = (minibatch_loss if measured else loss_function)(agent, mb_obs, mb_hidden,
                 b_actions[mb_inds], b_logprobs[mb_inds], b_advantages[mb_inds], b_returns[mb_inds], b_values[mb_inds],
                 args)  # fmt: skip
@@ -733,7 +733,7 @@ def update(agent, optimizer, rollout, next_value, args):
         states = rollout.obs.flatten(0, 1)[mb_inds[:64]].movedim(-1, 1)
         logits, view_logits = (agent(obs)[0] for obs in (states, augment(states, args)))
         once["view_agreement"] = (logits.argmax(-1) == view_logits.argmax(-1)).float().mean()
-    # The only wait for the device: one transfer of all statistics.
+    # One transfer of all statistics, and a look at the last step's logits: the only waits for the device.
     means = torch.stack([torch.stack(list(stats.values())) for stats in history]).mean(dim=0)
     means = dict(zip([*history[0], *once], torch.cat([means, torch.stack(list(once.values()))]).tolist()))
     if not all(math.isfinite(mean) for mean in means.values()) or not logits.isfinite().all():

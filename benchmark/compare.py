@@ -116,7 +116,8 @@ def check(module, arm, words):
     make_run_folder, module.make_run_folder, said = module.make_run_folder, stop, io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            module.train(module.parse_args([*words, "--no-cuda"]))
+            args = module.parse_args([*words, "--no-cuda"])
+            module.train(args if args.eval_episodes > 0 else fail("--eval-episodes: nothing to compare without any"))
     except Ready:
         return
     except SystemExit as error:  # tyro prints a box and exits with 2

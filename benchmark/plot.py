@@ -96,17 +96,17 @@ def scale_of(suite):
 
 def read_suite(suite, column=None):
     """{method: Runs} of the kept runs of a suite, or of a folder that run.py fills; `column` is the score, where it was
-    measured. Raises ValueError where a method's runs were evaluated at different steps."""
+    measured. Raises ValueError where a method's runs have not as many evaluations."""
     results, column = {}, column or SCORES.get(suite, scale_of(suite).column)
     for method, kept in read_kept(suite).items():
         names = ("global_step", "seconds", column)
         runs = [[[float(row[name]) for name in names] for row in rows if row.get(column)] for _, rows in kept.values()]
         if not any(runs):
             continue
-        if len({tuple(step for step, *_ in run) for run in runs}) > 1:
-            raise ValueError(f"{suite}, {method}: the seeds' evaluations are not at the same steps")
+        if len({len(run) for run in runs}) > 1:
+            raise ValueError(f"{suite}, {method}: the seeds have not as many evaluations")
         steps, seconds, scores = np.moveaxis(np.array(runs), -1, 0)  # (n, E) each
-        results[method] = Runs(list(kept), steps[0], seconds / 60, scores)
+        results[method] = Runs(list(kept), steps.mean(0), seconds / 60, scores)  # DrQ-v2 evaluates between episodes
     return results
 
 

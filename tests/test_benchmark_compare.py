@@ -83,6 +83,7 @@ def test_finetuning_without_a_loss_is_what_the_others_are_compared_with(compare)
         ("--freeze-layers 2 --encoder-weights none", "the weights are random"),
         ("--encoder-weights missing.safetensors", "missing.safetensors"),
         ("--env-id Nope-v0", "unknown environment"),
+        ("--seeds 2 -- --eval-episodes 0", "--eval-episodes: nothing to compare"),
         ("--env-id Jump-v0 Pong-v5", "set by compare.py"),
         ("-- --total-timesteps 10", "less than num_envs"),
         ("-- --ssl none pisco", "compare before"),

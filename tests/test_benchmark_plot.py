@@ -162,7 +162,7 @@ def test_suite_may_name_its_score(plot, monkeypatch):
 def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
     put_run(tmp_path / "tiny", "one method", 3, (0.0, 0.0, 0.0))
     plot.read_kept.cache_clear()
-    with pytest.raises(ValueError, match="not at the same steps"):
+    with pytest.raises(ValueError, match="not as many evaluations"):
         plot.read_suite("tiny")
 
 

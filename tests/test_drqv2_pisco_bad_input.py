@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, Bomb, encoder_file, kill_at, snapshot
+from conftest import ROOT, Bomb, encoder_file, kill_at, metrics, snapshot
 from drqv2_common import TinyResumable, assert_same_end, command, error_of, resume, train, train_until_killed, use
 
 import drqv2_pisco
@@ -64,7 +64,13 @@ def test_run_in_which_no_episode_ends(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "flags, length, steps",
-    [("--replay-size 15", 20, 15), ("--replay-size 15", -1, 15), ("--nstep 25", 20, 20), ("--nstep 7", 5, 5)],
+    [
+        ("--replay-size 15", 20, 15),
+        ("--replay-size 20", 20, 20),
+        ("--replay-size 15", -1, 15),
+        ("--nstep 25", 20, 20),
+        ("--nstep 7", 5, 5),
+    ],
 )
 def test_nothing_can_be_sampled(tmp_path, monkeypatch, flags, length, steps):
     """Every episode is longer than the ring or shorter than a sample: said at once, and the ring is removed."""
@@ -79,6 +85,19 @@ def test_nothing_can_be_sampled(tmp_path, monkeypatch, flags, length, steps):
     message = error_of(command(tmp_path, flags))
     assert message.startswith("--nstep, --replay-size: no episode ended") and len(played) <= steps
     assert not list(tmp_path.glob("*/model.safetensors")) and not list(tmp_path.glob("*/replay.bin"))
+
+
+def test_short_episode_after_others_ends_no_run(tmp_path, monkeypatch):
+    """Before the first update, while there is something to sample."""
+
+    class Uneven(TinyResumable):
+        def step(self, action):
+            self.length = 20 if self.episode % 4 else 2
+            return super().step(action)
+
+    use(monkeypatch, lambda args: Uneven())
+    folder = train(tmp_path, "--seed-frames 120")
+    assert any(row["losses/critic_loss"] for row in metrics(folder))
 
 
 @pytest.mark.parametrize("share", ["1.01", "-0.1", "nan"])

@@ -105,8 +105,7 @@ def test_pisco_is_the_kl_divergence_of_torch(projector):
     assert one > 0.1 and abs(one - other) > 1e-3
 
 
-@pytest.mark.parametrize("ssl", ["pisco", "simsiam"])
-def test_residual_projector_begins_as_the_identity(ssl):
+def test_residual_projector_begins_as_the_identity(ssl="pisco"):
     z1, z2 = torch.randn(2, 5, 8)
     agent, plain = tiny_agent(ssl, projector="residual"), tiny_agent(ssl, projector="none")
     plain.actor.load_state_dict(agent.actor.state_dict())
@@ -114,6 +113,12 @@ def test_residual_projector_begins_as_the_identity(ssl):
     torch.testing.assert_close(*losses, rtol=0, atol=0)
     nn.init.ones_(agent.projector[-1].weight)
     assert ssl_loss(agent, z1, z2, None, Args(ssl=ssl, projector="residual")) != losses[0]
+
+
+def test_simsiam_has_an_mlp_unless_it_is_residual():
+    """Without one it collapses."""
+    assert isinstance(tiny_agent("pisco", projector="none").projector, nn.Identity)
+    assert len(tiny_agent("simsiam", projector="none").projector) == 3
 
 
 # --- Its alternatives ------------------------------------------------------------------------------------------------
@@ -364,7 +369,7 @@ def test_frozen_layers_see_each_observation_once(monkeypatch, count, bf16, shape
     """The rollout stores what they made of it, and every epoch starts from there: only the views go through them."""
     agent = tiny_agent("curl", count, bf16=bf16)
     args = Args(ssl="curl", num_envs=3, num_steps=8, num_minibatches=2, update_epochs=2, jump_tasks="14:5",
-        ssl_teacher=teacher)  # fmt: skip
+        ssl_teacher=teacher, ssl_fraction=0.5)  # fmt: skip
     envs, passes, minibatches = ImageEnvs(args, 3), [], []
     real_prefix, real_loss = Encoder.frozen_prefix, minibatch_loss
 
@@ -396,7 +401,7 @@ def test_frozen_layers_see_each_observation_once(monkeypatch, count, bf16, shape
 
 def test_nothing_is_stored_where_nothing_is_frozen(monkeypatch):
     agent, rows = tiny_agent("pisco"), []
-    args = Args(num_envs=3, num_steps=8, num_minibatches=2, update_epochs=1)
+    args = Args(num_envs=3, num_steps=8, num_minibatches=2, update_epochs=1, ssl_fraction=0.5)
     envs, real_prefix = ImageEnvs(args, 3), Encoder.frozen_prefix
     rollout, _, next_value, _ = collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)
     assert not hasattr(rollout, "hidden")
@@ -424,7 +429,7 @@ def test_curl_keys_from_the_shared_layers_are_those_of_the_images(monkeypatch, c
     monkeypatch.setattr(ppo_pisco, "augment", spy_on_augment)
     monkeypatch.setattr(ppo_pisco, "info_nce_loss", spy_on_nce)
     obs = random_images(6)
-    args = Args(ssl="curl", ssl_teacher=teacher)
+    args = Args(ssl="curl", ssl_teacher=teacher, ssl_fraction=0.5)
     loss_and_gradients(agent, obs, agent.encoder.frozen_prefix(obs) if count else None, args)
     images = [obs[:3]] if teacher == "state" else views  # half of the minibatch
     assert len(views) == (1 if teacher == "state" else 2) and not torch.equal(views[0], views[-1]) == (len(views) == 2)
@@ -561,10 +566,11 @@ def test_gradient_share_is_that_of_two_backward_passes(monkeypatch, ssl, teacher
 
 
 def test_no_gradient_share_where_there_is_none():
-    """Without a loss, and where the whole encoder is frozen; the views' agreement is there all the same."""
-    for ssl, count in (("none", 0), ("pisco", "all")):
+    """Without a loss, on no row, and where the whole encoder is frozen; the views' agreement is there all the same."""
+    for ssl, count, fraction in (("none", 0, 1.0), ("pisco", "all", 1.0), ("pisco", 0, 0.0)):
         agent = tiny_agent(ssl, count)
         args = Args(ssl=ssl, projector="mlp", num_envs=3, num_steps=8, num_minibatches=2, feature_dim=8)
+        args.ssl_fraction = fraction
         envs = ImageEnvs(args, 3)
         rollout, _, next_value, _ = collect_rollout(agent, envs, torch.from_numpy(envs.reset()), args)
         optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad])
