@@ -181,11 +181,22 @@ def test_every_loss_trains_every_encoder(tmp_path, ssl, encoder, own):
     flags = f"--ssl {ssl} --ssl-teacher {own} --encoder {encoder} --total-timesteps 64 --update-epochs 1"
     rows = finite_losses(train(tmp_path, flags))
     assert len(rows) == 2
-    for row in rows:
+    for i, row in enumerate(rows):
         filled = {kind for kind in ("pisco", "simsiam", "curl", "ssl_grad_share") if row.get(f"losses/{kind}")}
-        assert filled == ({ssl, "ssl_grad_share"} if ssl != "none" else set())
+        assert filled == (set() if ssl == "none" else {ssl} if i else {ssl, "ssl_grad_share"})
         assert 0 <= float(row["losses/view_agreement"]) <= 1
         assert all(row[f"losses/{name}"] for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"))
+
+
+def test_gradient_share_is_measured_once_in_24_minibatches(tmp_path):
+    """Three iterations of eight in 2 x 4 minibatches, all of them in 3 x 8."""
+    flags = "--num-envs 8 --total-timesteps 512 --eval-interval 0"
+    for own, wanted in (
+        ("--update-epochs 2 --num-minibatches 4", [1, 4, 7]),
+        ("--update-epochs 3 --num-minibatches 8", range(1, 9)),
+    ):
+        rows = metrics(train(tmp_path, f"{flags} {own}"))
+        assert [i for i, row in enumerate(rows, 1) if row["losses/ssl_grad_share"]] == list(wanted)
 
 
 def test_augmentation_is_used(tmp_path):
