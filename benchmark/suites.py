@@ -107,13 +107,26 @@ SETTINGS = {f"{p}, weight {c}": with_loss("pisco", p, c) for p, c in (
     ("none", "1"), ("residual", "1"), ("none", "3"), ("residual", "3"), ("none", "0.3"), ("mlp", "1"),
 )} | {f"none, weight {c}, whole minibatch": with_loss("pisco", coef=c, fraction="1") for c in ("1", "3")}  # fmt: skip
 RATES_OF_TWO = {f"no loss, rate {r}": f"--ssl none --learning-rate {r}" for r in ("3e-4", "1e-3", "3e-3")} | {
-    f"none, weight 1, rate {r}": with_loss("pisco", rate=r) for r in ("3e-4", "3e-3")
+    f"none, weight 3, whole minibatch, rate {r}": with_loss("pisco", coef="3", fraction="1", rate=r)
+    for r in ("3e-4", "3e-3")
 }
-OTHER_LOSSES = {f"{kind}, weight {c}": with_loss(kind, "mlp", c) for kind in ("simsiam", "curl") for c in (
+OTHER_LOSSES = {f"{kind}, weight {c}": with_loss(kind, "mlp", c, "1") for kind in ("simsiam", "curl") for c in (
     "0.1", "0.3", "1", "3",
 )}  # fmt: skip
 FOR_SCRATCH = [f"{x}, weight {c}" for x, c in (("none", "1"), ("residual", "1"), ("none", "3"))]
 FOR_SCRATCH += [*(f"none, weight {c}, whole minibatch" for c in ("1", "3")), *RATES_OF_TWO]
+
+# Each depth with the rate that jump-settings has chosen for it, without the loss and with it
+CHOSEN_RATES = {"frozen bottom": ("1e-3", "1e-3"), "finetuned": ("1e-3", "1e-3"), "from scratch": ("1e-3", "1e-3")}
+WITH_AND_WITHOUT = {
+    f"{depth}{name}": f"{DEPTHS[depth]} {flags}"
+    for depth, rates in CHOSEN_RATES.items()
+    for name, flags in (
+        ("", f"--ssl none --learning-rate {rates[0]}"),
+        (" + loss", with_loss("pisco", coef="3", fraction="1", rate=rates[1])),
+    )
+}
+IN_CELLS = in_cells(WITH_AND_WITHOUT)
 
 
 SUITES = {
@@ -132,6 +145,13 @@ SUITES = {
             for depth, freezing in DEPTHS.items()
             if depth != "from scratch" or name in FOR_SCRATCH
         },
+    },
+    # What does the loss give on tasks that are never trained?
+    "jump-unseen": {
+        "program": "ppo_pisco.py",
+        "n": 5,
+        "first_seed": {name: 401 if "encoder 2," in name else 411 for name in IN_CELLS},  # as from scratch needs none
+        "methods": IN_CELLS,
     },
     # The encoders of the suites over cells, two seeds for every split, and a large one.
     "jump-sources": {
