@@ -47,6 +47,7 @@ from suites import SUITES, encoder_of, seeds_of, weights_folder  # noqa: E402
 RESULTS = ROOT / "benchmark" / "results"
 WORK = ROOT / "benchmark" / "runs"  # unfinished runs
 KEPT = ("metrics.csv", "evaluation.json")  # what the rows of the tables are made of
+MEASURED = ("ssl_grad_share", "view_agreement", "view_distance")  # of the losses, beside an evaluation
 NETWORKS = ("args.json", "encoder.safetensors", "model.safetensors")  # for further measurements, not in the results
 RUN_COLUMNS = (
     "method", "seed", "command", "commit", "started", "hardware", "versions", "cores", "seconds", "resumed",
@@ -167,16 +168,17 @@ def read_evaluations(folder):
 
 
 def evaluations_of(run, files):
-    """A finished run's evaluations as rows: step, seconds of training, metrics, the loss's gradient beside RL's, and of
-    the last one the tasks that were played with a 0 or 1 for each that the greedy and the sampled policy solve."""
+    """A finished run's evaluations as rows: step, seconds of training, metrics, the loss's gradient beside RL's, what a
+    view changes in the policy, and of the last one the tasks that were played with a 0 or 1 for each that the greedy
+    and the sampled policy solve."""
     rows = []
     for row in csv.DictReader(io.StringIO(files["metrics.csv"].decode())):
         metrics = {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
         if any(metrics.values()):
             seconds = float(row["global_step"]) / float(row["charts/SPS"])
             about = {"method": run.method, "seed": run.seed, "global_step": row["global_step"]}
-            share = {name[7:]: row[name] for name in ("losses/ssl_grad_share",) if name in row}
-            rows.append(about | {"seconds": f"{seconds:.3f}"} | metrics | share)
+            measured = {name: row[f"losses/{name}"] for name in MEASURED if f"losses/{name}" in row}
+            rows.append(about | {"seconds": f"{seconds:.3f}"} | metrics | measured)
     last = json.loads(files["evaluation.json"])
     for policy in ("greedy", "sampled"):
         if solved := last.get(policy, {}).get("solved"):

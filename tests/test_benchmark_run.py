@@ -27,8 +27,8 @@ if "--fail" in words and "--resume" not in words:
     sys.exit(3)
 (folder / "encoder.safetensors").write_text("weights")
 (folder / "metrics.csv").write_text(
-    "global_step,charts/SPS,eval/greedy_return,eval/greedy_success,losses/ssl_grad_share\\n"
-    "10,2.0,,,1\\n20,2.5,57.0,0.3333333333333333,2\\n30,3.0,26.0,1.0,3\\n"
+    "global_step,charts/SPS,eval/greedy_return,eval/greedy_success,losses/ssl_grad_share,losses/view_agreement\\n"
+    "10,2.0,,,1,\\n20,2.5,57.0,0.3333333333333333,2,0.5\\n30,3.0,26.0,1.0,3,0.75\\n"
 )
 solved = {"20:10": True, "30:20": False}
 (folder / "evaluation.json").write_text(json.dumps({policy: {"solved": solved} for policy in ("greedy", "sampled")}))
@@ -221,7 +221,7 @@ def test_finished_run_is_kept_and_skipped(runner, capsys, tmp_path):
     first, last = runner.read_evaluations(folder)["one method", 1]
     numbers = {"seconds": "8.000", "greedy_return": "57.0", "greedy_success": "0.3333333333333333"}
     assert (
-        first.items() >= ({"global_step": "20", "ssl_grad_share": "2"} | numbers).items()
+        first.items() >= ({"global_step": "20", "ssl_grad_share": "2", "view_agreement": "0.5"} | numbers).items()
         and first["tasks"] == first["greedy"] == ""
     )
     assert last.items() >= {"seconds": "10.000", "tasks": "20:10 30:20", "greedy": "10", "sampled": "10"}.items()
