@@ -41,6 +41,12 @@ def join(tasks):
 # ---------------------------------------------------------------------------------------------------------------------
 # DrQ-v2 on two CPU cores: its own settings but for smaller images and batches and plain rendering.
 DMC_SMALL = "drqv2_pisco.py --render-quality fast --image-size 64 --shift-pixels 3 --batch-size 64"
+# And with fewer, longer steps, as dmc-sparse
+DMC_REPEAT_8 = (
+    f"{DMC_SMALL} --bf16 --action-repeat 8 --update-every 1 --hidden-dim 256 --learning-rate 3e-4 --gamma 0.96 "
+    "--nstep 1 --tau 0.02 --stddev-end 0.2 --stddev-steps 5000 --seed-frames 2000 --explore-steps 250 "
+    "--eval-interval 10000"
+)
 SCRATCH = "--encoder-weights none --freeze-layers 0"
 # As pretrain_encoder.py makes the shipped encoder, with other seeds than that one's
 ENCODER_SEEDS = (2, 3)
@@ -173,6 +179,16 @@ SUITES = {
         "program": DMC_SMALL,
         "methods": {
             "from scratch": "--env-id cartpole-balance --total-frames 100000 --encoder-weights none --ssl none"
+        },
+    },
+    # Which weight of the default loss moves the policy that acts?
+    "dmc-weight": {
+        "program": f"{DMC_REPEAT_8} --env-id cartpole-balance --total-frames 50000 {SCRATCH}",
+        "n": 1,
+        "methods": {"no loss": "--ssl none"}
+        | {
+            f"weight {c}": f"--ssl pisco --ssl-teacher state --projector none --ssl-fraction 0.2 --ssl-coef {c}"
+            for c in ("1", "10", "100")
         },
     },
     # To compare with the official agent's published scores, on a GPU.
