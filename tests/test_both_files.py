@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import re
 
 import drqv2_common
 import pytest
@@ -45,6 +46,11 @@ def test_no_other_function_is_the_same():
         functions.append({node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)})
     equal = {name for name in functions[0] if functions[0][name] == functions[1].get(name)}
     assert equal == {name for name in SHARED if "." not in name}
+
+
+def test_run_folder_is_locked_alike():
+    locks = [re.findall(r"    try:  # The file stays open.+?from None\n", text, flags=re.S) for text in TEXTS]
+    assert locks[0] == locks[1] and len(locks[0]) == 1 and "fcntl.lockf" in locks[0][0]
 
 
 def test_arguments_of_one_name_have_one_type():

@@ -539,67 +539,6 @@ def test_jump_cut_off_is_not_solved(tmp_path):
     assert found["eval/greedy_success"] == found["eval/sampled_unseen_success"] == 0.0
 
 
-def test_weights_are_there_before_the_last_evaluation(tmp_path, monkeypatch, finished):
-    """Which may fail: the run's work is not lost, and the evaluation is tried again."""
-
-    def fail(*args):
-        raise OSError("the port is in use")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo_pisco, "evaluate", fail)
-        with pytest.raises(OSError, match="port"):
-            train(tmp_path, "--eval-interval 0")
-        (folder,) = tmp_path.glob("*")
-        for _ in range(2):
-            assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-            assert (folder / "encoder.safetensors").exists() and not (folder / "evaluation.json").exists()
-            with pytest.raises(OSError, match="port"):
-                resume(folder)
-    assert evaluation(resume(folder)) == evaluation(finished) and metrics(folder)[-1] == metrics(finished)[-1]
-
-
-OFF = {"--eval-episodes 0": 0, "--eval-episodes -1": 0, "--eval-interval -1": 1}
-
-
-@pytest.mark.parametrize("flags, count", OFF.items())
-def test_evaluations_can_be_switched_off(tmp_path, monkeypatch, capsys, finished, flags, count):
-    calls, real = [], ppo_pisco.evaluate
-    monkeypatch.setattr(ppo_pisco, "evaluate", lambda *args: calls.append(args) or real(*args))
-    folder = train(tmp_path, f"{flags} --checkpoint-interval -1")
-    assert len(calls) == count and (folder / "evaluation.json").exists() == bool(count)
-    assert ("\nevaluation: none\n" in capsys.readouterr().out) == (not count)
-    assert (folder / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    assert len(metrics(folder)) == len(metrics(finished))
-
-
-def test_home_folder(tmp_path, monkeypatch, finished):
-    """A shell leaves the ~ of `--runs-dir=~/runs` as it is."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(finished / "encoder.safetensors", tmp_path)
-    with monkeypatch.context() as patch:
-        kill_at(patch, ppo_pisco, "update", 3)
-        folder = train_until_killed(tmp_path / "runs", "--encoder-weights=~/encoder.safetensors --runs-dir=~/runs")
-    again = f"~/runs/{folder.name}"
-    ppo_pisco.train(ppo_pisco.parse_args([f"--resume={again}"]))
-    assert (folder / "model.safetensors").exists() and not (tmp_path / "~").exists()
-
-
-def test_resume_line_of_a_notebook(tmp_path, monkeypatch, capsys):
-    """Where sys.argv is that of the notebook's kernel."""
-    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
-    folder = train(tmp_path, "--total-timesteps 32")
-    assert f"\nafter a kill: python {ppo_pisco.__file__} --resume {folder}\n" in capsys.readouterr().out
-
-
-def test_file_system_without_locks(tmp_path, monkeypatch):
-    def lockf(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("fcntl.lockf", lockf)
-    assert (train(tmp_path, "--total-timesteps 32") / "model.safetensors").exists()
-
-
 # --- Resume ----------------------------------------------------------------------------------------------------------
 # The files that are written anew: args.json; a checkpoint in each of four iterations; metrics.csv in the first, in the
 # third, when episodes have ended, and with the evaluation's columns; before that the weights. Besides, four rows are
