@@ -159,6 +159,21 @@ SUITES = {
         "first_seed": {name: 401 if "encoder 2," in name else 411 for name in IN_CELLS},  # as from scratch needs none
         "methods": IN_CELLS,
     },
+    # From 18 tasks to the grid's other 268, as Agarwal et al. 2021 ask: do the loss and twice the time solve them?
+    "jump-18": {
+        "program": "ppo_pisco.py --eval-interval 30720",
+        "n": 5,
+        "first_seed": 501,
+        "methods": {
+            f"{tasks}, {name}": f"{flags} --jump-tasks {tasks}"
+            for tasks in ("wide", "narrow", "random")
+            for name, flags in (
+                ("no loss", f"{WITH_AND_WITHOUT['from scratch']} --total-timesteps 307200"),
+                ("loss", f"{WITH_AND_WITHOUT['from scratch + loss']} --total-timesteps 307200"),
+                ("loss, twice as long", f"{WITH_AND_WITHOUT['from scratch + loss']} --total-timesteps 614400"),
+            )
+        },
+    },
     # The encoders of the suites over cells, two seeds for every split, and a large one.
     "jump-sources": {
         "program": JUMP_SOURCE,

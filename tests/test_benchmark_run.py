@@ -73,6 +73,7 @@ DIGESTS = {
     "jump-sources": "9c7262f69d73",
     "jump-impala-sources": "12012d95b256",
     "dmc-small": "2a0ad869bc09",
+    "dmc-weight": "796550a83421",
 }
 
 
