@@ -87,7 +87,7 @@ class Args:
     # PiSCO and its alternatives
     ssl: Literal["pisco", "simsiam", "curl", "none"] = "pisco"  # self-supervised loss: on policies, features, or none
     ssl_teacher: Literal["state", "view"] = "state"  # a view learns from the state that RL sees, or two from each other
-    ssl_coef: float = 0.1  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it makes of it
+    ssl_coef: float = 100.0  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it comes to
     ssl_fraction: float = 0.2  # share of every batch on which the self-supervised loss is computed
     pisco_std: float | Literal["schedule"] = 1.0  # sigma of the policies compared (`schedule`: the exploration's)
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views

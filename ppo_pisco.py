@@ -88,7 +88,7 @@ class Args:
     # PiSCO and its alternatives
     ssl: Literal["pisco", "simsiam", "curl", "none"] = "pisco"  # self-supervised loss: on policies, features, or none
     ssl_teacher: Literal["state", "view"] = "state"  # a view learns from the state that RL sees, or two from each other
-    ssl_coef: float = 3.0  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it makes of it
+    ssl_coef: float = 3.0  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it comes to
     ssl_fraction: float = 1.0  # share of every minibatch on which the self-supervised loss is computed
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
