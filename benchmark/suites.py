@@ -122,14 +122,12 @@ OTHER_LOSSES = {f"{kind}, weight {c}": with_loss(kind, "mlp", c, "1") for kind i
 FOR_SCRATCH = [f"{x}, weight {c}" for x, c in (("none", "1"), ("residual", "1"), ("none", "3"))]
 FOR_SCRATCH += [*(f"none, weight {c}, whole minibatch" for c in ("1", "3")), *RATES_OF_TWO]
 
-# Each depth with the rate that jump-settings has chosen for it, without the loss and with it
-CHOSEN_RATES = {"frozen bottom": ("1e-3", "1e-3"), "finetuned": ("1e-3", "1e-3"), "from scratch": ("1e-3", "1e-3")}
-WITH_AND_WITHOUT = {
+WITH_AND_WITHOUT = {  # each with the rate that jump-settings has chosen for it, the same at all depths
     f"{depth}{name}": f"{DEPTHS[depth]} {flags}"
-    for depth, rates in CHOSEN_RATES.items()
+    for depth in ("finetuned", "frozen bottom", "from scratch")
     for name, flags in (
-        ("", f"--ssl none --learning-rate {rates[0]}"),
-        (" + loss", with_loss("pisco", coef="3", fraction="1", rate=rates[1])),
+        ("", "--ssl none --learning-rate 3e-3"),
+        (" + loss", with_loss("pisco", coef="3", fraction="1", rate="1e-3")),
     )
 }
 IN_CELLS = in_cells(WITH_AND_WITHOUT)
