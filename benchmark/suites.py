@@ -278,7 +278,7 @@ PANELS = {  # a suite's learning curves: {title: {label: method}}, or all method
 }
 GRIDS = {  # the README's first picture, Jump's tasks: {title: (suite, method, tasks that it was trained on)}
     "solved": {
-        "without a loss": ("jump-settings", "finetuned, no loss, rate 1e-3", LIFTED),
+        "without a loss": ("jump-settings", "finetuned, no loss, rate 3e-3", LIFTED),
         "with the default one": ("jump-settings", "finetuned, none, weight 3, whole minibatch", LIFTED),
     },
 }
