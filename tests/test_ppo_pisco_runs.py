@@ -373,9 +373,10 @@ def test_compiled_loss_is_the_same_and_is_compiled_once(tmp_path, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 1  # the whole loss, and for all of the six minibatches
     assert len(found) == len(expected) == 3
     for row, other in zip(found, expected):
-        for name in other:
-            if name.startswith("losses/"):
-                assert float(row[name]) == pytest.approx(float(other[name]), rel=1e-4, abs=1e-4), name
+        assert all(bool(row[name]) == bool(value) for name, value in other.items())
+        for name, value in other.items():
+            if name.startswith("losses/") and value:
+                assert float(row[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
