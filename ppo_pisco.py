@@ -126,9 +126,8 @@ PROCGEN = {
     "encoder": "impala", "feature_dim": 256, "total_timesteps": 25_000_000, "learning_rate": 5e-4, "anneal_lr": False,
     "gamma": 0.999, "num_envs": 64, "num_steps": 256, "num_minibatches": 8, "update_epochs": 3, "clip_coef": 0.2,
 }  # fmt: skip
-MINIWORLD = {"total_timesteps": 500_000, "eval_interval": 50_000, "num_envs": 16, "anneal_lr": False}
-DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN),
-    ("miniworld:.*", MINIWORLD)]  # fmt: skip
+DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN), ("miniworld:.*", {
+    "total_timesteps": 500_000, "eval_interval": 50_000, "num_envs": 16, "anneal_lr": False})]  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -268,9 +267,11 @@ def make_envs(args, num_envs, seeds, evaluation):
     sys.path += {os.getcwd()}.difference(sys.path)  # where the user's own module is, wherever this file lies
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("PYGLET_HEADLESS", "1")  # MiniWorld draws with pyglet, which would look for a screen
-    options = {"autoreset_mode": NEXT_STEP} | ({"context": "spawn"} if args.vectorization == "async" else {})
-    gym.logger.error = lambda text: print(text, file=sys.stderr)  # Gymnasium's fails at a % in a worker's traceback
-    gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # after Ctrl-C it may wait for ever; daemons end without it
+    options = {"autoreset_mode": NEXT_STEP}
+    if args.vectorization == "async":
+        options["context"] = "spawn"  # a fork hangs where something has been drawn
+        gym.logger.error = lambda text: print(text, file=sys.stderr)  # Gymnasium's fails at a % in a worker's traceback
+        gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # after Ctrl-C it may wait for ever; daemons end without
     main = vars(sys.modules["__main__"])
     file = main.pop("__file__", None)  # else every process that is spawned would run this file, torch's import and all
     try:
@@ -456,8 +457,7 @@ class Agent(nn.Module):
 
     def __init__(self, args, encoder, obs_shape, num_actions):
         super().__init__()
-        dim = args.feature_dim
-        self.encoder = encoder
+        self.encoder, dim = encoder, args.feature_dim
         head = [dim] + [256] * args.head_layers  # sizes from z on
         self.actor, self.critic = make_mlp([*head, num_actions], std=0.01), make_mlp([*head, 1], std=1)
         self.projector = nn.Identity()
