@@ -13,7 +13,7 @@
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
 Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
 That is `--ssl-teacher view --projector mlp`. By default the policy that acts teaches an augmented view what it does in
-the state itself, the policy term of DrAC (arXiv 2006.12862). The file needs no other one of ours but encoder weights.
+the state itself, the policy term of DrAC (arXiv 2006.12862). Of this repository it needs encoder weights alone.
 """
 
 import ctypes
@@ -267,13 +267,12 @@ def make_envs(args, num_envs, seeds, evaluation):
     sys.path += {os.getcwd()}.difference(sys.path)  # where the user's own module is, wherever this file lies
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("PYGLET_HEADLESS", "1")  # MiniWorld draws with pyglet, which would look for a screen
-    options = {"autoreset_mode": NEXT_STEP}
+    options, main, file = {"autoreset_mode": NEXT_STEP}, vars(sys.modules["__main__"]), None
     if args.vectorization == "async":
         options["context"] = "spawn"  # a fork hangs where something has been drawn
         gym.logger.error = lambda text: print(text, file=sys.stderr)  # Gymnasium's fails at a % in a worker's traceback
         gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # after Ctrl-C it may wait for ever; daemons end without
-    main = vars(sys.modules["__main__"])
-    file = main.pop("__file__", None)  # else every process that is spawned would run this file, torch's import and all
+        file = main.pop("__file__", None)  # else every process would run this file, torch's import and all
     try:
         return gym.make_vec(args.env_id, num_envs, args.vectorization, vector_kwargs=options)
     except gym.error.UnregisteredEnv:
@@ -634,7 +633,7 @@ def sample(probs, generator=None):
 
 @torch.no_grad()
 def collect_rollout(agent, envs, next_obs, args):
-    """T steps of N copies from next_obs (N, C, H, W) uint8 -> rollout, next ones, their values (N,), ended episodes"""
+    """T steps of N copies from next_obs (N, C, H, W) uint8 -> rollout, what follows, its values, ended episodes"""
     steps, episodes = [], []
     for _ in range(args.num_steps):
         hidden = agent.encoder.frozen_prefix(next_obs)

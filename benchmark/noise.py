@@ -58,12 +58,11 @@ def success_under_noise(folder, std, draws):
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
     path = RESULTS / args.suite / "noise.csv"
-    known = {(row["method"], row["seed"], float(row["std"])) for row in read_table(path)}
+    known = {(row["method"], int(row["seed"]), float(row["std"]), int(row["draws"])) for row in read_table(path)}
     runs = [Run(args.suite, *key) for key in read_runs(RESULTS / args.suite)]
-    folders = {
-        run: weights_folder(WORK, run.flags) for run in runs if (run.method, str(run.seed), args.std) not in known
-    }
-    here = {run: folder for run, folder in folders.items() if folder.exists()}
+    left = [run for run in runs if (run.method, run.seed, args.std, args.draws) not in known]
+    folders = {run: weights_folder(WORK, run.flags) for run in left}
+    here = {run: folder for run, folder in folders.items() if (folder / "model.safetensors").exists()}
     print(f"{args.suite}: {len(runs)} runs, {len(runs) - len(folders)} played, networks of {len(here)} others are here")
     for run, folder in tqdm(here.items(), unit="run"):
         trained, unseen = success_under_noise(folder, args.std, args.draws)

@@ -41,7 +41,7 @@ def join(tasks):
 # ---------------------------------------------------------------------------------------------------------------------
 # DrQ-v2 on two CPU cores: its own settings but for smaller images and batches and plain rendering.
 DMC_SMALL = "drqv2_pisco.py --render-quality fast --image-size 64 --shift-pixels 3 --batch-size 64"
-# And with fewer, longer steps, as dmc-sparse
+# And with fewer, longer steps, as in dmc-sparse
 DMC_REPEAT_8 = (
     f"{DMC_SMALL} --bf16 --action-repeat 8 --update-every 1 --hidden-dim 256 --learning-rate 3e-4 --gamma 0.96 "
     "--nstep 1 --tau 0.02 --stddev-end 0.2 --stddev-steps 5000 --seed-frames 2000 --explore-steps 250 "

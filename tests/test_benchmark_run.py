@@ -89,7 +89,7 @@ def digest(suite):
         args = asdict(module.parse_args(flags))
         args["encoder_weights"] = Path(args["encoder_weights"]).name
         # The loss's arguments change nothing or stand in the command, and evaluations do not change what is trained.
-        left_out = ("ssl_", "projector", "eval_grid", "jump_eval_tasks")
+        left_out = ("ssl_", "projector", "eval_grid", "jump_eval_tasks", "vectorization")
         resolved.append({key: args[key] for key in sorted(args) if not key.startswith(left_out)})
     return hashlib.sha256(json.dumps(resolved).encode()).hexdigest()[:12]
 
