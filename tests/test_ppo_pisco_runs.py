@@ -661,7 +661,8 @@ def wait_for_rows(process, runs_dir, rows):
 
 @pytest.mark.parametrize("number, rows", [(signal.SIGKILL, 1), (signal.SIGTERM, 3), (signal.SIGINT, 6)])
 def test_resume_after_a_signal(tmp_path, long_run, number, rows):
-    process = program(*command(tmp_path, LONG))
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs ignore it
+    process = program(*command(tmp_path, LONG), **heeds)
     wait_for_rows(process, tmp_path, rows)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
