@@ -126,8 +126,7 @@ PROCGEN = {
     "encoder": "impala", "feature_dim": 256, "total_timesteps": 25_000_000, "learning_rate": 5e-4, "anneal_lr": False,
     "gamma": 0.999, "num_envs": 64, "num_steps": 256, "num_minibatches": 8, "update_epochs": 3, "clip_coef": 0.2,
 }  # fmt: skip
-DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN), ("miniworld:.*", {
-    "total_timesteps": 500_000, "eval_interval": 50_000, "num_envs": 16, "anneal_lr": False})]  # fmt: skip
+DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN)]
 
 
 def parse_args(argv=None):
@@ -150,8 +149,7 @@ def parse_args(argv=None):
 # --- Environments: MSR Jump here, everything else from EnvPool or Gymnasium ------------------------------------------
 NEXT_STEP = gym.vector.AutoresetMode.NEXT_STEP
 JUMP_GRID = [(x, y) for x in range(20, 46) for y in range(10, 21)]  # 286 tasks (obstacle, floor) of Agarwal et al. 2021
-# A target task is a source task whose floor lies 8 pixels higher or lower, the stride of nature's two bottom layers
-# together: what these layers see of it is what they saw of the source task, at another place.
+# Target: source tasks moved by 8 pixels, the stride of nature's two bottom layers, which see what they saw elsewhere.
 JUMP_TASK_SETS = {
     "source": [(x, 10) for x in (20, 28, 36, 44)] + [(x, 18) for x in (24, 32, 40)],
     "target": [(x, 18) for x in (20, 28, 36, 44)] + [(x, 10) for x in (24, 32, 40)],
@@ -286,8 +284,7 @@ def make_envs(args, num_envs, seeds, evaluation):
 
 class ImageEnvs:
     """One face for all vector environments: images (N, C, H, W) uint8 and true episode statistics. A finished copy is
-    reset by the step after its end: so the observation that comes with `terminated` or `truncated` is the episode's
-    real last one, and the step after it is no transition."""
+    reset by the next step, which is no transition: `terminated` and `truncated` come with the real last observation."""
 
     def __init__(self, args, num_envs, start=0, evaluation=False):
         # Jump has args.seed alone; elsewhere every copy has its own, another one in the evaluation and after a resume
@@ -342,10 +339,9 @@ class ImageEnvs:
 
     def get_state(self):
         """What the next steps of Jump's copies depend on; None elsewhere, where it can't be saved."""
-        if not self.is_jump:
-            return None
-        arrays = {name: values.tolist() for name, values in self._arrays().items()}
-        return {"arrays": arrays, "rng": self.envs.np_random.bit_generator.state}
+        if self.is_jump:
+            arrays = {name: values.tolist() for name, values in self._arrays().items()}
+            return {"arrays": arrays, "rng": self.envs.np_random.bit_generator.state}
 
     def set_state(self, state):
         """Restores get_state's result and returns the observations (N, C, H, W) uint8 that belong to it."""
@@ -570,10 +566,9 @@ def info_nce_loss(keys, queries):
 
 
 def compute_gae(rewards, values, next_value, terminated, truncated, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, (T, N) float32.
-    rewards, values, terminated, truncated (T, N) belong to step t; next_value (N,) is V of the observation after the
-    last step. values[t + 1] is V of the observation that step t led to, an episode's last one included: so a truncated
-    episode bootstraps from it and a terminated one does not."""
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, (T, N) float32. rewards,
+    values, terminated, truncated are (T, N), next_value (N,). values[t + 1] is V of the observation that step t led to,
+    an episode's last one included: so a truncated episode bootstraps from it and a terminated one does not."""
     next_values = torch.cat([values[1:], next_value[None]])
     deltas = rewards + gamma * next_values * (~terminated) - values
     discounts = gamma * gae_lambda * (~(terminated | truncated))

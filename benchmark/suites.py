@@ -219,11 +219,9 @@ SUITES = {
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked of the kept results
 # ---------------------------------------------------------------------------------------------------------------------
-CELLS = ("jump-cells", "jump-noise", "jump-impala")
-SCORES = {
-    "jump-grid": "greedy_grid_success",
-    "jump-settings": "greedy_unseen_success",
-}  # columns of evaluations.csv.gz, where it is not the usual one
+CELLS = ("jump-cells", "jump-noise", "jump-impala", "jump-unseen", "jump-18")
+UNSEEN = ("jump-settings", "jump-unseen", "jump-18")
+SCORES = {"jump-grid": "greedy_grid_success"} | dict.fromkeys(UNSEEN, "greedy_unseen_success")  # not the usual columns
 FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
 FROM_SCRATCH, FROZEN, FINETUNED, BOTTOM, RECIPE = FIVE
 LOSSES = [f"{BOTTOM} + {loss}" for loss in ("SimSiam", "CURL", "PiSCO without projector")]
