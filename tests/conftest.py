@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,11 @@ def program(*arguments, **kwargs):
     """Starts ppo_pisco.py as a program of its own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, ROOT / "ppo_pisco.py", *arguments], **(pipes | kwargs))
+
+
+def heed_ctrl_c():
+    """For a program that is about to start: a shell's background jobs, and what they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill_at(monkeypatch, owner, name, nth, first=lambda *args: None):

@@ -27,6 +27,7 @@ from conftest import (
     command,
     encoder_file,
     evaluation,
+    heed_ctrl_c,
     kill_at,
     metrics,
     program,
@@ -658,8 +659,7 @@ def wait_for_rows(process, runs_dir, rows):
 
 @pytest.mark.parametrize("number, rows", [(signal.SIGKILL, 1), (signal.SIGTERM, 3), (signal.SIGINT, 6)])
 def test_resume_after_a_signal(tmp_path, long_run, number, rows):
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs ignore it
-    process = program(*command(tmp_path, LONG), **heeds)
+    process = program(*command(tmp_path, LONG), preexec_fn=heed_ctrl_c)
     wait_for_rows(process, tmp_path, rows)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
@@ -714,7 +714,7 @@ ppo_pisco.train(ppo_pisco.parse_args(sys.argv[1:]))
 
 def test_ctrl_c_in_the_midst_of_logging_does_not_hang(tmp_path, finished):
     line = [sys.executable, "-c", INTERRUPTED, *command(tmp_path)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100, preexec_fn=heed_ctrl_c)
     assert done.returncode == -signal.SIGINT and "KeyboardInterrupt" in done.stderr
     (folder,) = tmp_path.glob("*")
     assert 0 < len(metrics(folder)) < 4

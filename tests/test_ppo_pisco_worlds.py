@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_same_end, command, evaluation, metrics, program, train
+from conftest import assert_same_end, command, evaluation, heed_ctrl_c, metrics, program, train
 from PIL import Image
 
 from ppo_pisco import Args, ImageEnvs
@@ -82,8 +82,7 @@ def assert_gone(pids):
 def test_stopped_run_leaves_no_process_and_goes_on(own_world, number):
     """A Ctrl-C reaches every process of a terminal, SIGTERM the program alone."""
     flags = f"{ASYNC} --total-timesteps 3200 --eval-interval 0"  # 200 iterations
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs ignore it
-    process = program(*command("runs", flags), cwd=own_world, start_new_session=True, **heeds)
+    process = program(*command("runs", flags), cwd=own_world, start_new_session=True, preexec_fn=heed_ctrl_c)
     while len(found := list(own_world.glob("runs/*/metrics.csv"))) == 0 or found[0].read_text().count("\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
