@@ -71,6 +71,7 @@ class Args:
 
     # Environment
     env_id: str = "Jump-v0"  # Jump-v0, an EnvPool or a Gymnasium id; observations must be images, actions discrete
+    vectorization: Literal["sync", "async"] = "sync"  # Gymnasium's copies: one after the other, or a process each
     jump_tasks: str = "target"  # Jump-v0: source, target, wide, narrow, random, grid, or a list such as 20:10,30:20
     jump_eval_tasks: str = "grid"  # Jump-v0: what evaluations play beside the run's own tasks: as above, or none
     jump_reward: float = 1.0  # Jump-v0: bonus for reaching the right edge (the reference task pays 100)
@@ -223,10 +224,8 @@ class JumpVectorEnv(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        task_ids = (options or {}).get("task_ids")
-        if task_ids is None:
-            task_ids = self.np_random.integers(len(self.tasks), size=self.num_envs)
-        self._restart(np.ones(self.num_envs, dtype=bool), np.asarray(task_ids, dtype=np.int64))
+        drawn = self.np_random.integers(len(self.tasks), size=self.num_envs)
+        self._restart(slice(None), (options or {}).get("task_ids", drawn))
         return self.observe(), {}
 
     def step(self, actions):
@@ -244,8 +243,7 @@ class JumpVectorEnv(gym.vector.VectorEnv):
         exited = moving & (self.x + self.AGENT_W > self.SIZE)
         rewards = np.where(collided, -1.0, moving + self.exit_bonus * exited).astype(np.float32)
         success = exited & ~collided
-        if self.done.any():
-            self._restart(self.done.copy(), self.np_random.integers(len(self.tasks), size=int(self.done.sum())))
+        self._restart(self.done.copy(), self.np_random.integers(len(self.tasks), size=self.done.sum()))
         self.done = collided | exited
         return self.observe(), rewards, self.done.copy(), np.zeros(self.num_envs, dtype=bool), {"success": success}
 
@@ -263,18 +261,23 @@ def make_envs(args, num_envs, seeds, evaluation):
     if args.env_id in envpool_ids:
         # EnvPool presses FIRE after a lost life only if lives are episodes; ImageEnvs tells of whole games still.
         wanted = {"episodic_life": True, "reward_clip": not evaluation, "use_combined_action": True}
-        known = envpool.make_spec(args.env_id).config._fields
-        options = {key: value for key, value in wanted.items() if key in known}
+        options = {key: wanted[key] for key in wanted.keys() & envpool.make_spec(args.env_id).config._fields}
         return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
-    if os.getcwd() not in sys.path:  # where the user's own module is, wherever this file lies
-        sys.path.append(os.getcwd())
+    sys.path += {os.getcwd()}.difference(sys.path)  # where the user's own module is, wherever this file lies
+    options = {"autoreset_mode": NEXT_STEP} | ({"context": "spawn"} if args.vectorization == "async" else {})
+    gym.logger.error = lambda text: print(text, file=sys.stderr)  # Gymnasium's fails at a % in a worker's traceback
+    gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # after Ctrl-C it may wait for ever; daemons end without it
+    main = vars(sys.modules["__main__"])
+    file = main.pop("__file__", None)  # else every process that is spawned would run this file, torch's import and all
     try:
-        return gym.make_vec(args.env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": NEXT_STEP})
+        return gym.make_vec(args.env_id, num_envs, args.vectorization, vector_kwargs=options)
     except gym.error.UnregisteredEnv:
         plain = re.sub("^ALE/|-ram|NoFrameskip|Deterministic", "", args.env_id)  # EnvPool has one name for a game
         close = difflib.get_close_matches(plain, {"Jump-v0", *envpool_ids, *gym.registry}) or ["Jump-v0"]
         hint = f"did you mean {', '.join(close)}? Control tasks have drqv2_pisco.py --env-id walker-walk"
         raise SystemExit(f"--env-id {args.env_id}: unknown environment; {hint}") from None
+    finally:
+        main |= {"__file__": file} if file else {}
 
 
 class ImageEnvs:
@@ -931,11 +934,10 @@ def train(args, script=__file__):
             row = {"global_step": global_step, "charts/SPS": global_step / seconds}
             row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if episodes:
-                for name in ("return", "length"):
-                    row[f"charts/episodic_{name}"] = float(np.mean([episode[name] for episode in episodes]))
-                bar.set_postfix({"return": f"{row['charts/episodic_return']:.2f}"}, refresh=False)
-            if episodes and envs.is_jump:
-                row["charts/success"] = float(np.mean([episode["success"] for episode in episodes]))
+                mean = {name: float(np.mean([episode[name] for episode in episodes])) for name in episodes[0]}
+                row |= {"charts/episodic_return": mean["return"], "charts/episodic_length": mean["length"]}
+                row |= {"charts/success": mean["success"]} if envs.is_jump else {}
+                bar.set_postfix({"return": f"{mean['return']:.2f}"}, refresh=False)
             row |= {f"losses/{name}": value for name, value in losses.items()}
             bar.update(batch_size)
             if last or evaluation_due or iteration % checkpoint_every == 0:
