@@ -126,7 +126,9 @@ PROCGEN = {
     "encoder": "impala", "feature_dim": 256, "total_timesteps": 25_000_000, "learning_rate": 5e-4, "anneal_lr": False,
     "gamma": 0.999, "num_envs": 64, "num_steps": 256, "num_minibatches": 8, "update_epochs": 3, "clip_coef": 0.2,
 }  # fmt: skip
-DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN)]
+MINIWORLD = {"total_timesteps": 500_000, "eval_interval": 50_000, "num_envs": 16, "anneal_lr": False}
+DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN),
+    ("miniworld:.*", MINIWORLD)]  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -264,6 +266,8 @@ def make_envs(args, num_envs, seeds, evaluation):
         options = {key: wanted[key] for key in wanted.keys() & envpool.make_spec(args.env_id).config._fields}
         return envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
     sys.path += {os.getcwd()}.difference(sys.path)  # where the user's own module is, wherever this file lies
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("PYGLET_HEADLESS", "1")  # MiniWorld draws with pyglet, which would look for a screen
     options = {"autoreset_mode": NEXT_STEP} | ({"context": "spawn"} if args.vectorization == "async" else {})
     gym.logger.error = lambda text: print(text, file=sys.stderr)  # Gymnasium's fails at a % in a worker's traceback
     gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # after Ctrl-C it may wait for ever; daemons end without it

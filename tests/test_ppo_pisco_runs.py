@@ -71,6 +71,9 @@ PROCGEN = ATARI | {
     "anneal_lr": False, "clip_coef": 0.2, "gamma": 0.999, "feature_dim": 256, "encoder": "impala",
     "total_timesteps": 25_000_000,
 }  # fmt: skip
+MINIWORLD = ATARI | {
+    "num_envs": 16, "anneal_lr": False, "total_timesteps": 500_000, "eval_interval": 50_000,
+}  # fmt: skip
 JUMP = {
     "num_envs": 32, "num_steps": 64, "num_minibatches": 8, "update_epochs": 3, "learning_rate": 1e-3,
     "anneal_lr": False, "clip_coef": 0.2, "ent_coef": 0.01, "gamma": 0.99, "feature_dim": 256, "encoder": "nature",
@@ -86,6 +89,7 @@ JUMP = {
         ("Jump-v0", JUMP),
         ("Pong-v5", ATARI),
         ("TinyImage-v0", ATARI),
+        ("miniworld:MiniWorld-FourRooms-v0", MINIWORLD),
         *((f"{name}-v0", PROCGEN) for name in ("CoinrunEasy", "BigfishHard", "MazeExploration")),
         *((f"{name}-v0", PROCGEN) for name in ("ChaserExtreme", "CaveflyerMemory")),
     ],

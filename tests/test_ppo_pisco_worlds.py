@@ -1,14 +1,19 @@
-"""Gymnasium's environments in processes of their own."""
+"""Gymnasium's environments in processes of their own, and first-person 3D without a display."""
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import assert_same_end, command, evaluation, metrics, program, train
+from PIL import Image
+
+from ppo_pisco import Args, ImageEnvs
 
 # Each environment writes down whose child it is, and if the program's own imports came with it. A step takes a while.
 OWN_WORLD = """
@@ -126,3 +131,33 @@ def test_processes_give_the_same_run(own_world, monkeypatch):
     assert len(processes(own_world)) == 1 + 2 + 2 * 2 * 3  # this one, copies, evaluations of both policies
     assert vars(sys.modules["__main__"]) == before
 
+
+# --- MiniWorld -------------------------------------------------------------------------------------------------------
+def test_miniworld_is_seen_in_first_person():
+    """A turn of the agent is 15 degrees: after 24 of them the picture is the first one's again."""
+    envs = ImageEnvs(Args(env_id="miniworld:MiniWorld-FourRooms-v0"), 2)
+    assert (envs.obs_shape, envs.frame_stack, envs.num_actions) == ((3, 60, 80), 1, 3)
+    first = envs.reset().astype(int)
+    assert first.std() > 5 and abs(first[0] - first[1]).mean() > 5  # each copy has a place of its own
+    left = np.zeros(2, np.int64)
+    turns = np.array([abs(envs.step(left)[0] - first).mean() for _ in range(24)])
+    assert turns[:23].min() > 2 > 0.5 > turns[23]
+    for _ in range(226):
+        _, rewards, terminated, truncated = envs.step(left)
+        assert not rewards.any() and not terminated.any()
+    assert truncated.all() and [(e["return"], e["length"]) for e in envs.episodes] == [(0.0, 250)] * 2
+    envs.envs.close()
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_miniworld_trains_without_a_display(tmp_path, mode):
+    variables = {name: text for name, text in os.environ.items() if name not in ("DISPLAY", "PYGLET_HEADLESS")}
+    flags = f"--env-id miniworld:MiniWorld-FourRooms-v0 --num-envs 2 --vectorization {mode} --eval-interval 0"
+    process = program(*command(tmp_path, f"{flags} --eval-max-steps 30 --capture-video"), env=variables)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    (folder,) = tmp_path.iterdir()
+    assert all(math.isfinite(float(row["losses/pisco"])) for row in metrics(folder))
+    assert evaluation(folder)["greedy"]["length"] == [30]
+    with Image.open(folder / "evaluation_128.gif") as gif:
+        assert gif.size == (160, 120) and gif.n_frames > 1
