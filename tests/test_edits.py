@@ -2,6 +2,10 @@
 
 import csv
 import importlib.util
+import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -220,3 +224,96 @@ def test_statistics_and_dropout_leave_one_policy(tmp_path, monkeypatch, file):
     assert found == {name: float(value) for name, value in rows[-1].items() if name.startswith("eval/")}
     for row in rows if file == "ppo_pisco.py" else ():  # the update's policy is still the one that acted
         assert abs(float(row["losses/old_approx_kl"])) < 1e-6 and float(row["losses/clipfrac"]) == 0
+
+
+# --- Several processes -----------------------------------------------------------------------------------------------
+# Writes down the first minibatch, the weights before it and its gradients after the exchange. One augmentation for all.
+RANK = """
+import os, sys
+import torch
+import edited_ppo_pisco as ppo
+
+record, minibatch_loss, clip_grad_norm_ = {}, ppo.minibatch_loss, ppo.nn.utils.clip_grad_norm_
+
+def first_minibatch(agent, *minibatch):
+    if not record:
+        record["weights"] = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+        record["minibatch"] = minibatch[:-1]
+    return minibatch_loss(agent, *minibatch)
+
+def first_gradients(parameters, norm):
+    parameters = list(parameters)
+    record.setdefault("gradients", [p.grad.clone() for p in parameters if p.grad is not None])
+    return clip_grad_norm_(parameters, norm)
+
+ppo.minibatch_loss, ppo.nn.utils.clip_grad_norm_ = first_minibatch, first_gradients
+ppo.augment = lambda images, args: images.roll(3, -1)
+folder = ppo.train(ppo.parse_args(sys.argv[1:]))
+record["trained"] = ppo.safetensors.torch.load_file(folder / "model.safetensors")
+torch.save(record, f"rank_{os.environ['RANK']}.pt")
+"""
+
+
+def two_processes(folder, flags):
+    """Runs the edited file and returns what the two ranks wrote."""
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 rank.py".split()
+    environment = os.environ | {"TMPDIR": str(folder / "others")}
+    done = subprocess.run(
+        [sys.executable, *torchrun, *flags.split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder:") == done.stdout.count("evaluation: greedy") == 1
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_take_the_lines_of_the_benchmarks_page(tmp_path, monkeypatch):
+    page, text = ((ROOT / name).read_text() for name in ("benchmark/README.md", "ppo_pisco.py"))
+    diff = re.search(r"```diff\n(.+?)\n```", page, flags=re.S).group(1)
+    for hunk in re.split(r"^@@.*\n", diff + "\n", flags=re.M):
+        lines = hunk.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / "edited_ppo_pisco.py").write_text(text)
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "others").mkdir()
+    flags = f"{PPO} --encoder-weights none --feature-dim 32 --freeze-layers 1 --freeze-random --no-norm-adv --no-cuda"
+    ranks = two_processes(tmp_path, f"{flags} --total-timesteps 64")
+    for name, tensor in ranks[0]["trained"].items():
+        assert torch.equal(tensor, ranks[1]["trained"][name]), name
+        assert torch.equal(tensor, ranks[0]["weights"][name]) == name.startswith("encoder.layers.0."), name
+    # The gradients are those of one process on the joined minibatch, and not those of a rank's own.
+    args = ppo_pisco.parse_args(flags.split())
+    agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, (1, 60, 60)), (1, 60, 60), 2)
+    agent.encoder.freeze(1)
+    monkeypatch.setattr(ppo_pisco, "augment", lambda images, args: images.roll(3, -1))
+    minibatches = [rank["minibatch"] for rank in ranks]
+    assert [len(actions) for _, _, actions, *_ in minibatches] == [8, 8]
+
+    def gradients(*minibatch):
+        agent.load_state_dict(ranks[0]["weights"])
+        agent.zero_grad()
+        ppo_pisco.minibatch_loss(agent, *minibatch, args)[0].backward()
+        return [p.grad for p in agent.parameters() if p.grad is not None]
+
+    joined = gradients(*map(torch.cat, zip(*minibatches)))
+    own = gradients(*minibatches[0])
+    for rank in ranks:
+        torch.testing.assert_close(rank["gradients"], joined, rtol=1e-3, atol=1e-6)
+    assert max((a - b).abs().max() for a, b in zip(joined, own)) > 1e-3
+    # The first rank alone writes to the run folder, counts the steps of both and is enough for a resume.
+    (folder,) = (tmp_path / "runs").iterdir()
+    about = json.loads((folder / "args.json").read_text())
+    assert (about["num_envs"], about["seed"]) == (4, 1)
+    (folder / "args.json").write_text(json.dumps(about | {"total_timesteps": 128}))
+    ranks = two_processes(tmp_path, f"--resume {folder}")
+    assert all(torch.equal(tensor, ranks[1]["trained"][name]) for name, tensor in ranks[0]["trained"].items())
+    assert len(list((tmp_path / "others").glob("*/*/metrics.csv"))) == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+    with open(folder / "metrics.csv", newline="") as metrics:
+        assert [row["global_step"] for row in csv.DictReader(metrics)] == ["32", "64", "96", "128"]
