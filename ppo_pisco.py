@@ -30,6 +30,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -79,9 +80,9 @@ class Args:
     reward_scale: float = 0.1  # factor on the training reward; logged returns are unscaled
 
     # Encoder
-    encoder: Literal["nature", "impala"] = "nature"  # architecture of the encoder
+    encoder: str = "nature"  # architecture: nature, impala, or a model of timm such as timm:resnet18
     feature_dim: int = 256  # size of the encoder's output z
-    encoder_weights: str = str(ENCODERS / "jump-v0__nature__rl.safetensors")  # a file, or `none`: random weights
+    encoder_weights: str = str(ENCODERS / "jump-v0__nature__rl.safetensors")  # a file, `none`: random, `timm`: timm's
     freeze_layers: int | Literal["all"] = 0  # how many of the encoder's layers stay frozen, from the bottom
     freeze_random: bool = False  # allow freezing layers of an encoder with random weights
     head_layers: int = 0  # hidden layers of the policy and the value head, 256 units each (0: linear in z)
@@ -378,24 +379,52 @@ class ResidualBlock(nn.Module):
 
 def nature_layers(channels):
     """The three convolutional layers of Mnih et al. 2015."""
-    return [
-        nn.Sequential(layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(inplace=True)),
-        nn.Sequential(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True)),
-        nn.Sequential(layer_init(nn.Conv2d(64, 64, 3)), nn.ReLU(inplace=True)),
-    ]
+    sizes = (channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)  # channels in and out, kernel, stride
+    return [nn.Sequential(layer_init(nn.Conv2d(*size)), nn.ReLU(inplace=True)) for size in sizes]
 
 
 def impala_layers(channels):
     """The nine layers of Espeholt et al. 2018: three times a convolution with pooling and two residual blocks."""
     layers = []
     for width in (16, 32, 32):
-        layers += [
-            nn.Sequential(layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, stride=2, padding=1)),
-            ResidualBlock(width),
-            ResidualBlock(width),
-        ]
+        conv, pool = layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, stride=2, padding=1)
+        layers += [nn.Sequential(conv, pool), ResidualBlock(width), ResidualBlock(width)]
         channels = width
     layers[-1] = nn.Sequential(layers[-1], nn.ReLU())  # a residual block ends without one
+    return layers
+
+
+def timm_layers(name, channels, black, tensors=None):
+    """The stem and the stages or blocks of timm's model timm:NAME, for images of pixels from `black` to black + 1.
+    Random weights, or those of a file's `tensors`, or timm's own where these are empty. Raises SystemExit."""
+    if not name.startswith("timm:"):
+        raise SystemExit(f"--encoder {name}: unknown; give one that --help names, or such as timm:resnet18")
+    try:
+        import timm
+    except ImportError:
+        raise SystemExit(f"--encoder {name}: needs pip install timm==1.0.31 torchvision==0.28.0") from None
+    except RuntimeError:  # PyPI's torchvision beside a CPU build of torch: declare what it couldn't load
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
+        import timm
+    options = {"in_chans": channels, "pretrained_cfg_overlay": {"state_dict": tensors}}
+    if re.match("timm:(test_)?(vit|deit)", name):  # takes images of any size, and fills up the last patches
+        options |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+    try:
+        model = timm.create_model(name[5:], tensors is not None, **options).eval()
+    except (OSError, RuntimeError, ValueError) as error:  # no such model, no access to its hub, weights of another one
+        raise SystemExit(f"--encoder {name}: {' '.join(str(error).split())}") from None
+    model.reset_classifier(0, "")  # no pooling either, which would lose where things are
+    # The colours' means and deviations, in turns as timm repeats its filters, are statistics that never move
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).repeat(channels)[:channels] for key in ("mean", "std"))
+    layers = [nn.Sequential(nn.BatchNorm2d(channels, eps=0, affine=False), model).eval()]
+    layers[0][0].load_state_dict({"running_mean": mean + black, "running_var": std**2}, strict=False)
+    for part, module in list(model.named_children()):
+        stages = module if part in ("stages", "blocks") else [module] if re.fullmatch(r"(layer|s)\d", part) else []
+        layers += [nn.Sequential(stage) for stage in stages]
+        if len(layers) > 1:  # the last stage takes what follows it; what is left of the model is the stem
+            layers[-1].extend([] if stages else [module])
+            setattr(model, part, nn.Identity())
     return layers
 
 
@@ -405,7 +434,9 @@ class Encoder(nn.Module):
 
     def __init__(self, args, obs_shape):
         super().__init__()
-        layers = {"nature": nature_layers, "impala": impala_layers}[args.encoder](obs_shape[0])
+        own = {"nature": nature_layers, "impala": impala_layers}.get(args.encoder)
+        self.timm = None if own else partial(timm_layers, args.encoder, obs_shape[0], 0.0)
+        layers = own(obs_shape[0]) if own else self.timm()
         with torch.no_grad():
             flat = nn.Sequential(*layers).eval()(torch.zeros(1, *obs_shape)).numel()
         linear = layer_init(nn.Linear(flat, args.feature_dim))
@@ -432,8 +463,8 @@ class Encoder(nn.Module):
                 x = chunk.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
                 for layer in self.layers[: self.frozen]:
                     x = layer(x)
-                outputs.append(x)
-        return torch.cat(outputs) if len(outputs) > 1 else x
+                outputs.append(x.bfloat16() if self.bf16 and self.frozen else x)  # a ViT's sums are float32
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def trained_suffix(self, hidden):
         """What frozen_prefix returns -> features z (B, feature_dim) float32."""
@@ -483,20 +514,24 @@ class Agent(nn.Module):
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
-    """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
-    Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    """Fills `encoder` from a .safetensors file, or with timm's own weights, and returns the file's metadata {str: str}.
+    Nothing in it is executed. Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    metadata, tensors = {}, {}
     try:
-        with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+        if not (encoder.timm and path == "timm"):
+            with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
+                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
+            tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
+            metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
+        for key, here in encoder.about.items():
+            if metadata.get(key, here if metadata else None) != here:  # an older file may say less
+                raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
+        # timm has none for PPO's layer to z, which may be random as long as it is trained
+        encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # names the tensors that are wrong or missing
+        error = " ".join(str(error).split())
         raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
-    for key, here in encoder.about.items():
-        if metadata.get(key, here if metadata else None) != here:  # an older file may say less
-            raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
-    try:
-        encoder.load_state_dict(tensors)
-    except RuntimeError as error:  # names the tensors that are missing or of another shape
-        raise SystemExit(f"--encoder-weights {path}: {' '.join(str(error).split())}") from None
     return metadata
 
 
