@@ -70,6 +70,7 @@ def kept(runner, run, cpus=2):
 # command's. Print `digest(suite)` for a new suite with results.
 DIGESTS = {
     "jump-settings": "074bb63e9d37",
+    "jump-unseen": "c352b34a4930",
     "jump-sources": "9c7262f69d73",
     "jump-impala-sources": "12012d95b256",
     "dmc-small": "2a0ad869bc09",
@@ -150,7 +151,7 @@ def test_an_encoder_is_the_same_in_all_kept_runs(runner):
                 command = row["command"].split()
                 where = [word for flag, word in zip(command, command[1:]) if flag == "--encoder-weights"]
                 file = where[0] if where else "encoders/jump-v0__nature__rl.safetensors"
-                if "/results/" in file:  # benchmark/results/SUITE/METHOD/SEED/encoder.safetensors, as it was then
+                if file.endswith("/encoder.safetensors"):  # benchmark/results/SUITE/METHOD/SEED/, as it was then
                     suite, method, seed = file.split("/")[2:5]
                     file = f"benchmark/results/{suite}/encoders/{method}__{seed}.safetensors"
                 found.setdefault(file, set()).add(row["encoder_sha256"])
