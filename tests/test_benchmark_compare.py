@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from benchmark_common import load
-from conftest import ROOT
+from conftest import ROOT, heed_ctrl_c
 
 GAME = """
 import gymnasium as gym
@@ -118,7 +118,7 @@ def start(folder, *more):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "benchmark" / "compare.py"), *words], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
 
 

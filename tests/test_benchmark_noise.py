@@ -1,6 +1,7 @@
 """Trained policies under noise: the same as without any where there is none, and one row a run."""
 
 import shutil
+import sys
 
 import pytest
 from benchmark_common import load
@@ -13,10 +14,8 @@ def noise(monkeypatch, tmp_path):
     module = load("noise", monkeypatch)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(module, "WORK", tmp_path / "work")
-    suites = module.Run.flags.fget.__globals__["SUITES"]
-    monkeypatch.setitem(
-        suites, "tiny", {"program": "ppo_pisco.py", "methods": {"here": "--ssl none", "far": "--ssl curl"}}
-    )
+    suite = {"program": "ppo_pisco.py", "methods": {"here": "--ssl none", "far": "--ssl curl"}}
+    monkeypatch.setitem(sys.modules["suites"].SUITES, "tiny", suite)
     module.folder = train(tmp_path, "--jump-prior 0.5 --jump-tasks 20:10,30:20 --jump-eval-tasks 14:5,20:5,45:20")
     shutil.copytree(module.folder, module.weights_folder(module.WORK, module.Run("tiny", "here", 1).flags))
     module.append(module.RESULTS / "tiny" / "runs.csv", [{"method": x, "seed": 1} for x in ("here", "far")])
