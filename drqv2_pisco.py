@@ -20,9 +20,11 @@ A step is one action of the agent. global_step counts the environment's steps, `
 the frames of DrQ-v2's paper and of the flags.
 """
 
+import copy
 import ctypes
 import difflib
 import fcntl
+import importlib.util
 import io
 import json
 import math
@@ -80,7 +82,8 @@ class Args:
     render_quality: Literal["standard", "fast"] = "standard"  # fast: no shadows, reflections and multisampling
 
     # Encoder
-    encoder_weights: str = "none"  # a .safetensors file, or `none`: random weights
+    encoder: str = "drqv2"  # architecture: drqv2, or a model of timm such as timm:resnet18
+    encoder_weights: str = "none"  # a .safetensors file, `none`: random weights, `timm`: timm's own
     freeze_layers: int | Literal["all"] = 0  # how many of the encoder's layers stay frozen, from the bottom
     freeze_random: bool = False  # allow freezing layers of an encoder with random weights
 
@@ -238,22 +241,52 @@ def layer_init(layer):
     return layer
 
 
-class Encoder(nn.Module):
-    """f: images (B, C, H, W) uint8 -> feature maps (B, 32, H', W') float32; the layers are numbered from the bottom.
+def drqv2_layers(channels):
+    """The four convolutional layers of Yarats et al. 2021."""
+    convs = (nn.Conv2d(32 if i else channels, 32, 3, stride=1 if i else 2) for i in range(4))
+    return [nn.Sequential(layer_init(conv), nn.ReLU(inplace=True)) for conv in convs]
 
-    The first `frozen` layers take no gradient and build no graph."""
+
+def timm_layers(name, channels, black, tensors=None):
+    """The stem, then each stage or block of timm's model timm:NAME, for images of any size, pixels black to black + 1.
+    Random weights, or those of a file's `tensors`, or timm's own where these are empty. Raises SystemExit."""
+    if not (name.startswith("timm:") and importlib.util.find_spec("timm")):
+        hint = "give one that --help names, or timm:NAME (pip install timm==1.0.31 torchvision==0.28.0)"
+        raise SystemExit(f"--encoder {name}: unknown; {hint}")
+    try:
+        import timm
+    except RuntimeError:  # PyPI's torchvision beside a CPU build of torch: declare what it couldn't load
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
+        import timm
+    sizes = {"dynamic_img_size": True, "dynamic_img_pad": True} if re.match("timm:(test_)?(vit|deit)", name) else {}
+    model = timm.create_model(name[5:], tensors is not None, None, {"state_dict": tensors}, in_chans=channels, **sizes)
+    model.reset_classifier(0, "")  # no pooling either, which would lose where things are
+    # The colours' means and deviations, in turns as timm repeats its filters, are statistics that never move
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).repeat(channels)[:channels] for key in ("mean", "std"))
+    layers = [nn.Sequential(nn.BatchNorm2d(channels, eps=0, affine=False), model)]
+    layers[0][0].running_mean, layers[0][0].running_var = mean + black, std**2
+    for part, module in list(model.named_children()):
+        stages = module if part in ("stages", "blocks") else [module] if re.fullmatch(r"(layer|s)\d", part) else []
+        layers += [nn.Sequential(stage) for stage in stages]
+        if len(layers) > 1:  # the last stage takes what follows it; what is left of the model is the stem
+            layers[-1].extend([] if stages else [module])
+            setattr(model, part, nn.Identity())
+    return layers
+
+
+class Encoder(nn.Module):
+    """f: images (B, C, H, W) uint8 -> feature maps (B, C', H', W') or a ViT's tokens (B, N, D), float32. The layers are
+    numbered from the bottom; the first `frozen` ones take no gradient and build no graph."""
 
     def __init__(self, args, obs_shape):
         super().__init__()
-        layers = []
-        for i in range(4):
-            conv = nn.Conv2d(32 if i else obs_shape[0], 32, 3, stride=1 if i else 2)
-            layers.append(nn.Sequential(layer_init(conv), nn.ReLU(inplace=True)))
-        self.layers = nn.ModuleList(layers)
+        self.timm = None if args.encoder == "drqv2" else partial(timm_layers, args.encoder, obs_shape[0], -0.5)
+        self.layers = nn.Sequential(*(self.timm() if self.timm else drqv2_layers(obs_shape[0])))
         with torch.no_grad():
-            self.map_shape = nn.Sequential(*layers).eval()(torch.zeros(1, *obs_shape)).shape[1:]
+            self.map_shape = self.layers.eval()(torch.zeros(1, *obs_shape)).shape[1:]
         self.frozen, self.bf16 = 0, args.bf16
-        self.about = {"architecture": "drqv2"}  # what a weights file must agree with: its images may be of any size
+        self.about = {"architecture": args.encoder}  # what a weights file must agree with; images may be of any size
 
     def freeze(self, count):
         """Freezes the `count` bottom layers, or "all"."""
@@ -268,32 +301,27 @@ class Encoder(nn.Module):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             # Channels-last convolutions are faster on a CPU.
             x = obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
-            for layer in self.layers[: self.frozen]:
-                x = layer(x)
-        return x
+            return self.layers[: self.frozen](x)
 
     def trained_suffix(self, hidden):
         """What frozen_prefix returns -> feature maps (B, 32, H', W') float32."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
-            for layer in self.layers[self.frozen :]:
-                hidden = layer(hidden)
-        return hidden.float()
+            return self.layers[self.frozen :](hidden).float()
 
     def forward(self, obs):
         return self.trained_suffix(self.frozen_prefix(obs))
 
 
 class MapLinear(nn.Linear):
-    """nn.Linear on the flattened feature maps (B, C, H, W), without their copy.
-
-    Flattening channels-last maps means to reorder them, forwards and backwards; reordering the weights is cheaper."""
+    """nn.Linear on the flattened feature maps (B, C, H, W), without their copy: flattening channels-last maps means to
+    reorder them, forwards and backwards; reordering the weights is cheaper. Tokens (B, N, D) have their order."""
 
     def __init__(self, map_shape, out_features):
         super().__init__(math.prod(map_shape), out_features)
         self.map_shape = map_shape
 
     def forward(self, maps):
-        if len(maps) == 1:
+        if len(maps) == 1 or maps.ndim == 3:
             return super().forward(maps.flatten(1))
         weight = self.weight.view(-1, *self.map_shape).permute(0, 2, 3, 1).flatten(1)  # (out, H * W * C)
         return F.linear(maps.permute(0, 2, 3, 1).flatten(1), weight, self.bias)
@@ -305,9 +333,7 @@ def make_trunk(map_shape, feature_dim):
 
 
 def make_mlp(sizes):
-    layers = []
-    for inputs, outputs in zip(sizes, sizes[1:]):
-        layers += [layer_init(nn.Linear(inputs, outputs)), nn.ReLU(inplace=True)]
+    layers = [part for pair in zip(sizes, sizes[1:]) for part in (layer_init(nn.Linear(*pair)), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers[:-1])
 
 
@@ -344,7 +370,7 @@ class Critic(nn.Module):
 class Agent(nn.Module):
     """Encoder f, actor, twin critics and their target, and the projector h of the self-supervised loss."""
 
-    def __init__(self, args, encoder, obs_shape, num_actions):
+    def __init__(self, args, encoder, num_actions):
         super().__init__()
         dim, map_shape = args.feature_dim, encoder.map_shape
         self.encoder = encoder
@@ -356,9 +382,7 @@ class Agent(nn.Module):
         if args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
             # The key encoder follows f and the actor's trunk, see update.
-            self.key_encoder = nn.Sequential(Encoder(args, obs_shape), make_trunk(map_shape, dim)).requires_grad_(False)
-            self.key_encoder[0].load_state_dict(encoder.state_dict())
-            self.key_encoder[1].load_state_dict(self.actor.trunk.state_dict())
+            self.key_encoder = copy.deepcopy(nn.Sequential(encoder, self.actor.trunk)).requires_grad_(False)
         elif args.ssl == "simsiam" or args.ssl != "none" and args.projector != "none":
             self.projector = make_mlp([dim, args.projector_dim, dim])
             if args.projector == "residual":
@@ -368,20 +392,24 @@ class Agent(nn.Module):
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
-    """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
-    Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    """Fills `encoder` from a .safetensors file, or with timm's own weights, and returns the file's metadata {str: str}.
+    Nothing in it is executed. Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    metadata, tensors = {}, {}
     try:
-        with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+        if path != "timm":
+            with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
+                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
+            tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
+            metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
+        for key, here in encoder.about.items():
+            if metadata.get(key, here if metadata else None) != here:  # an older file may say less
+                raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
+        # timm has none for PPO's layer to z, which may be random as long as it is trained
+        encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # names the tensors that are wrong or missing
+        error = " ".join(str(error).split())
         raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
-    for key, here in encoder.about.items():
-        if metadata.get(key, here if metadata else None) != here:  # an older file may say less
-            raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
-    try:
-        encoder.load_state_dict(tensors)
-    except RuntimeError as error:  # names the tensors that are missing or of another shape
-        raise SystemExit(f"--encoder-weights {path}: {' '.join(str(error).split())}") from None
     return metadata
 
 
@@ -440,9 +468,8 @@ def stddev_schedule(step, start, end, duration):
 
 
 def truncated_normal(mu, noise, clip=None):
-    """Actions (B, A) in -1..1 at means mu and noise ~ N(0, sigma^2), clipped to -clip..clip if clip is given.
-
-    The gradient reaches mu as if nothing had been cut off at the bounds (straight-through)."""
+    """Actions (B, A) in -1..1 at means mu and noise ~ N(0, sigma^2), clipped to -clip..clip if clip is given. The
+    gradient reaches mu as if nothing had been cut off at the bounds (straight-through)."""
     actions = mu + (noise if clip is None else noise.clamp(-clip, clip))
     inside = actions.detach().clamp(-1 + 1e-6, 1 - 1e-6)
     return inside + (actions - actions.detach())
@@ -450,7 +477,6 @@ def truncated_normal(mu, noise, clip=None):
 
 def sample_nstep(rewards, terminated, gamma):
     """n-step return (B,) of rewards (B, n), and the discount (B,) of the value that is bootstrapped after it.
-
     terminated (B, n) bool: a true terminal ends the sum and leaves nothing to bootstrap, a time limit does not."""
     total, discount = np.zeros_like(rewards[:, 0]), np.ones_like(rewards[:, 0])
     for reward, end in zip(rewards.T, terminated.T):
@@ -491,8 +517,7 @@ def ssl_loss(agent, z_teacher, z_student, teachers, std, args):
     elif args.ssl == "simsiam":
         loss, teacher, student = simsiam_loss, z_teacher, p
     elif args.ssl == "curl":
-        with torch.no_grad():
-            loss, teacher, student = info_nce_loss, agent.key_encoder(teachers), p
+        loss, teacher, student = info_nce_loss, agent.key_encoder(teachers), p
     directions = 2 if args.ssl_teacher == "view" else 1
     pairs = zip(teacher.chunk(directions), student.chunk(directions)[::-1])
     return sum(loss(*pair) for pair in pairs) / directions
@@ -539,9 +564,8 @@ class Replay:
         self.start = self.head
 
     def sample_rows(self, batch_size, nstep):
-        """Rows (B,) int64 of the first observations of `batch_size` samples and of their episodes' first images.
-
-        An episode at random, then one of its steps at random, but none so late that the sample would cross its end."""
+        """Rows (B,) int64 of the first observations of `batch_size` samples and of their episodes' first images. An
+        episode at random, then one of its steps at random, but none so late that the sample would cross its end."""
         first, steps = np.array(self.episodes)[self.generator.integers(len(self.episodes), size=batch_size)].T
         return first + self.generator.integers(steps - nstep + 1), first
 
@@ -587,10 +611,9 @@ def act(agent, obs, device, std=0.0):
 
 
 def critic_ssl_loss(agent, views, action, reward, discount, next_obs, std, args):
-    """L_critic and lambda L_ssl, the first views' feature maps without gradient, and statistics.
-
-    views (B + b, C, H, W) uint8: the first view of the whole batch, then the second view of its first b rows. action
-    (B, A), reward and discount (B, 1), next_obs (B, C, H, W) uint8, std () float32."""
+    """L_critic and lambda L_ssl, the first views' feature maps without gradient, and statistics. views (B + b, C, H, W)
+    uint8: the first view of the whole batch, then the second view of its first b rows. action (B, A), reward and
+    discount (B, 1), next_obs (B, C, H, W) uint8, std () float32."""
     batch_size, b = len(action), len(views) - len(action)
     with torch.no_grad():
         next_maps = agent.encoder(next_obs)
@@ -622,9 +645,8 @@ def actor_loss(agent, maps, std, args):
 
 
 def update(agent, critic_optimizer, actor_optimizer, batch, std, args, once=None):
-    """One update from a batch of Replay.sample: critics and encoder, then the actor, then the averages.
-
-    The self-supervised loss adds to the gradients of the encoder and of the actor; each is stepped once. Returns the
+    """One update from a batch of Replay.sample: critics and encoder, then the actor, then the averages. The
+    self-supervised loss adds to the gradients of the encoder and of the actor; each is stepped once. Returns the
     statistics as tensors () on the device: nothing here waits for it. The dict `once`, where given, takes those for
     which one update in a while is enough."""
     critic_loss_function = torch.compile(critic_ssl_loss) if args.compile else critic_ssl_loss
@@ -801,7 +823,7 @@ def train(args, script=__file__):
     channels, *size = frame_shape = env.observation_space.shape
     obs_shape, num_actions = (args.frame_stack * channels, *size), env.action_space.shape[0]
     encoder = make_encoder(args, obs_shape, args.frame_stack, resuming=state is not None)
-    agent = Agent(args, encoder, obs_shape, num_actions).to(device, memory_format=torch.channels_last)
+    agent = Agent(args, encoder, num_actions).to(device, memory_format=torch.channels_last)
     critic_optimizer, actor_optimizer = make_optimizers(agent, args.learning_rate)
     folder = Path(args.resume).expanduser() if args.resume else make_run_folder(args)
     try:  # The file stays open: the system unlocks it when this process ends, be it by a kill.
@@ -837,20 +859,17 @@ def train(args, script=__file__):
     for path in folder.glob("metrics.csv"):
         write_atomically(path, b"".join(path.read_bytes().splitlines(keepends=True)[: 1 + rows_before]))
     writer = SummaryWriter(folder, purge_step=step * args.action_repeat if args.resume else None)
-    bar = tqdm(
-        initial=step * args.action_repeat, total=total_steps * args.action_repeat, unit="frame", unit_scale=True,
-        file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True,
-    )  # fmt: skip
+    bar = tqdm(initial=step * args.action_repeat, total=total_steps * args.action_repeat, unit="frame", unit_scale=True,
+        file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True)  # fmt: skip
     evaluation_due = bool(state) and state["evaluation_due"]
     while True:  # an episode a time
         if step == total_steps:
             env.close()  # a simulator may be there once only
             tensors = {name: tensor.contiguous() for name, tensor in agent.state_dict().items()}
             write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors))
-            save_encoder(
-                folder / "encoder.safetensors", encoder, observation_shape=json.dumps(obs_shape), seed=args.seed,
+            save_encoder(folder / "encoder.safetensors", encoder, observation_shape=json.dumps(obs_shape),
                 environment=args.env_id, objective=f"rl (drqv2, ssl {args.ssl})", steps=row["global_step"],
-            )  # fmt: skip
+                seed=args.seed)  # fmt: skip
             (folder / "replay.bin").unlink(missing_ok=True)  # it is there to resume a run, and this one is finished
         # After checkpoint and weights, as it can take long, and fail: a run that ends in it comes back to it at once.
         if evaluation_due:

@@ -10,12 +10,12 @@
     python ppo_pisco.py --env-id Breakout-v5 --help                         # any environment has defaults of its own
     python ppo_pisco.py --resume runs/Jump-v0__ppo_pisco__1__1700000000000000     # go on with a killed run
 
-PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
-Representation Finetuning in Visual RL", arXiv 2302.06009: two augmented views of a state must induce the same policy.
-That is `--ssl-teacher view --projector mlp`. By default the policy that acts teaches an augmented view what it does in
-the state itself, the policy term of DrAC (arXiv 2006.12862). Of this repository it needs encoder weights alone.
+PiSCO is the loss of Arnold and Sha, "Policy-Induced Self-Supervision Improves Representation Finetuning in Visual RL",
+arXiv 2302.06009: two augmented views of a state must induce the same policy, `--ssl-teacher view --projector mlp`. By
+default the policy that acts teaches an augmented view what it does in the state, the policy term of DrAC (2006.12862).
 """
 
+import copy
 import ctypes
 import difflib
 import fcntl
@@ -30,6 +30,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -79,9 +80,9 @@ class Args:
     reward_scale: float = 0.1  # factor on the training reward; logged returns are unscaled
 
     # Encoder
-    encoder: Literal["nature", "impala"] = "nature"  # architecture of the encoder
+    encoder: str = "nature"  # architecture: nature, impala, or a model of timm such as timm:resnet18
     feature_dim: int = 256  # size of the encoder's output z
-    encoder_weights: str = str(ENCODERS / "jump-v0__nature__rl.safetensors")  # a file, or `none`: random weights
+    encoder_weights: str = str(ENCODERS / "jump-v0__nature__rl.safetensors")  # a file, `none`: random, `timm`: timm's
     freeze_layers: int | Literal["all"] = 0  # how many of the encoder's layers stay frozen, from the bottom
     freeze_random: bool = False  # allow freezing layers of an encoder with random weights
     head_layers: int = 0  # hidden layers of the policy and the value head, 256 units each (0: linear in z)
@@ -216,9 +217,7 @@ class JumpVectorEnv(gym.vector.VectorEnv):
         return frames[:, None]
 
     def _restart(self, mask, task_ids):
-        self.task_ids[mask] = task_ids
-        self.x[mask] = 0
-        self.y[mask] = self.task_floor[task_ids]
+        self.task_ids[mask], self.x[mask], self.y[mask] = task_ids, 0, self.task_floor[task_ids]
         self.jumping[mask] = self.rising[mask] = self.done[mask] = False
 
     def reset(self, *, seed=None, options=None):
@@ -252,11 +251,9 @@ def make_envs(args, num_envs, seeds, evaluation):
     # Yours, with its own --env-id: return gym.vector.SyncVectorEnv([Mine] * num_envs, autoreset_mode=NEXT_STEP)
     if args.env_id == "Jump-v0":
         return JumpVectorEnv(num_envs, jump_tasks(args)[evaluation], args.jump_reward)
-    envpool_ids = []
-    if importlib.util.find_spec("envpool"):  # Gymnasium's environments do without it
-        import envpool
-
-        envpool_ids = envpool.list_all_envs()
+    # Gymnasium's environments do without EnvPool
+    envpool = importlib.import_module("envpool") if importlib.util.find_spec("envpool") else None
+    envpool_ids = envpool.list_all_envs() if envpool else []
     if args.env_id in envpool_ids:
         # EnvPool presses FIRE after a lost life only if lives are episodes; ImageEnvs tells of whole games still.
         wanted = {"episodic_life": True, "reward_clip": not evaluation, "use_combined_action": True}
@@ -374,24 +371,46 @@ class ResidualBlock(nn.Module):
 
 def nature_layers(channels):
     """The three convolutional layers of Mnih et al. 2015."""
-    return [
-        nn.Sequential(layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(inplace=True)),
-        nn.Sequential(layer_init(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(inplace=True)),
-        nn.Sequential(layer_init(nn.Conv2d(64, 64, 3)), nn.ReLU(inplace=True)),
-    ]
+    sizes = (channels, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)  # channels in and out, kernel, stride
+    return [nn.Sequential(layer_init(nn.Conv2d(*size)), nn.ReLU(inplace=True)) for size in sizes]
 
 
 def impala_layers(channels):
     """The nine layers of Espeholt et al. 2018: three times a convolution with pooling and two residual blocks."""
     layers = []
     for width in (16, 32, 32):
-        layers += [
-            nn.Sequential(layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, stride=2, padding=1)),
-            ResidualBlock(width),
-            ResidualBlock(width),
-        ]
+        conv, pool = layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, stride=2, padding=1)
+        layers += [nn.Sequential(conv, pool), ResidualBlock(width), ResidualBlock(width)]
         channels = width
     layers[-1] = nn.Sequential(layers[-1], nn.ReLU())  # a residual block ends without one
+    return layers
+
+
+def timm_layers(name, channels, black, tensors=None):
+    """The stem, then each stage or block of timm's model timm:NAME, for images of any size, pixels black to black + 1.
+    Random weights, or those of a file's `tensors`, or timm's own where these are empty. Raises SystemExit."""
+    if not (name.startswith("timm:") and importlib.util.find_spec("timm")):
+        hint = "give one that --help names, or timm:NAME (pip install timm==1.0.31 torchvision==0.28.0)"
+        raise SystemExit(f"--encoder {name}: unknown; {hint}")
+    try:
+        import timm
+    except RuntimeError:  # PyPI's torchvision beside a CPU build of torch: declare what it couldn't load
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
+        import timm
+    sizes = {"dynamic_img_size": True, "dynamic_img_pad": True} if re.match("timm:(test_)?(vit|deit)", name) else {}
+    model = timm.create_model(name[5:], tensors is not None, None, {"state_dict": tensors}, in_chans=channels, **sizes)
+    model.reset_classifier(0, "")  # no pooling either, which would lose where things are
+    # The colours' means and deviations, in turns as timm repeats its filters, are statistics that never move
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).repeat(channels)[:channels] for key in ("mean", "std"))
+    layers = [nn.Sequential(nn.BatchNorm2d(channels, eps=0, affine=False), model)]
+    layers[0][0].running_mean, layers[0][0].running_var = mean + black, std**2
+    for part, module in list(model.named_children()):
+        stages = module if part in ("stages", "blocks") else [module] if re.fullmatch(r"(layer|s)\d", part) else []
+        layers += [nn.Sequential(stage) for stage in stages]
+        if len(layers) > 1:  # the last stage takes what follows it; what is left of the model is the stem
+            layers[-1].extend([] if stages else [module])
+            setattr(model, part, nn.Identity())
     return layers
 
 
@@ -401,11 +420,13 @@ class Encoder(nn.Module):
 
     def __init__(self, args, obs_shape):
         super().__init__()
-        layers = {"nature": nature_layers, "impala": impala_layers}[args.encoder](obs_shape[0])
+        own = {"nature": nature_layers, "impala": impala_layers}.get(args.encoder)
+        self.timm = None if own else partial(timm_layers, args.encoder, obs_shape[0], 0.0)
+        layers = own(obs_shape[0]) if own else self.timm()
         with torch.no_grad():
             flat = nn.Sequential(*layers).eval()(torch.zeros(1, *obs_shape)).numel()
         linear = layer_init(nn.Linear(flat, args.feature_dim))
-        self.layers = nn.ModuleList([*layers, nn.Sequential(nn.Flatten(), linear, nn.ReLU(inplace=True))])
+        self.layers = nn.Sequential(*layers, nn.Sequential(nn.Flatten(), linear, nn.ReLU(inplace=True)))
         self.frozen, self.bf16 = 0, args.bf16
         shape = json.dumps(list(obs_shape))  # `about` is what a weights file must agree with
         self.about = {"architecture": args.encoder, "feature_dim": str(args.feature_dim), "observation_shape": shape}
@@ -422,21 +443,17 @@ class Encoder(nn.Module):
         """Images (B, C, H, W) uint8 -> pixels in 0..1 through the frozen layers (B, ...), float32 or bfloat16."""
         outputs = []
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            # No graph keeps these activations: in chunks they stay in a CPU's cache, which halves the time. Channels
-            # last, a CPU's convolutions are more than twice as fast.
+            # On a CPU, chunks that stay in its cache halve the time, and channels-last convolutions do so again.
             for chunk in obs.split(256 if self.frozen and obs.device.type == "cpu" else len(obs)):
                 x = chunk.to(torch.float32, memory_format=torch.channels_last).mul_(1 / 255)
-                for layer in self.layers[: self.frozen]:
-                    x = layer(x)
-                outputs.append(x)
-        return torch.cat(outputs) if len(outputs) > 1 else x
+                x = self.layers[: self.frozen](x)
+                outputs.append(x.bfloat16() if self.bf16 and self.frozen else x)  # a ViT's sums are float32
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def trained_suffix(self, hidden):
         """What frozen_prefix returns -> features z (B, feature_dim) float32."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
-            for layer in self.layers[self.frozen :]:
-                hidden = layer(hidden)
-        return hidden.float()
+            return self.layers[self.frozen :](hidden).float()
 
     def forward(self, obs):
         return self.trained_suffix(self.frozen_prefix(obs))
@@ -450,7 +467,7 @@ def make_mlp(sizes, std):
 class Agent(nn.Module):
     """Encoder f, policy head pi(.|z), value head, and the projector h of the self-supervised loss."""
 
-    def __init__(self, args, encoder, obs_shape, num_actions):
+    def __init__(self, args, encoder, num_actions):
         super().__init__()
         self.encoder, dim = encoder, args.feature_dim
         head = [dim] + [256] * args.head_layers  # sizes from z on
@@ -458,9 +475,7 @@ class Agent(nn.Module):
         self.projector = nn.Identity()
         if args.ssl == "curl":
             self.projector = nn.Linear(dim, dim, bias=False)  # CURL's bilinear similarity W
-            self.key_encoder = Encoder(args, obs_shape).requires_grad_(False)  # follows f, see update
-            self.key_encoder.load_state_dict(encoder.state_dict())
-            self.key_encoder.frozen = encoder.frozen
+            self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)  # follows f, see update
         elif args.ssl == "simsiam" or args.ssl != "none" and args.projector != "none":
             self.projector = make_mlp([dim, args.projector_dim, dim], std=1)
             if args.projector == "residual":
@@ -478,20 +493,24 @@ class Agent(nn.Module):
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
-    """Fills `encoder` from a .safetensors file and returns the file's metadata {str: str}. Nothing in it is executed.
-    Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    """Fills `encoder` from a .safetensors file, or with timm's own weights, and returns the file's metadata {str: str}.
+    Nothing in it is executed. Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    metadata, tensors = {}, {}
     try:
-        with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
+        if path != "timm":
+            with safetensors.safe_open(os.path.expanduser(path), "pt") as file:
+                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
+            tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
+            metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
+        for key, here in encoder.about.items():
+            if metadata.get(key, here if metadata else None) != here:  # an older file may say less
+                raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
+        # timm has none for PPO's layer to z, which may be random as long as it is trained
+        encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # names the tensors that are wrong or missing
+        error = " ".join(str(error).split())
         raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
-    for key, here in encoder.about.items():
-        if metadata.get(key, here if metadata else None) != here:  # an older file may say less
-            raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
-    try:
-        encoder.load_state_dict(tensors)
-    except RuntimeError as error:  # names the tensors that are missing or of another shape
-        raise SystemExit(f"--encoder-weights {path}: {' '.join(str(error).split())}") from None
     return metadata
 
 
@@ -613,8 +632,7 @@ def ssl_loss(agent, z_teacher, z_student, hidden_teacher, args):
     elif args.ssl == "simsiam":
         loss, teacher, student = simsiam_loss, z_teacher, p
     elif args.ssl == "curl":
-        with torch.no_grad():
-            loss, teacher, student = info_nce_loss, agent.key_encoder.trained_suffix(hidden_teacher), p
+        loss, teacher, student = info_nce_loss, agent.key_encoder.trained_suffix(hidden_teacher), p
     directions = 2 if args.ssl_teacher == "view" else 1
     pairs = zip(teacher.chunk(directions), student.chunk(directions)[::-1])
     return sum(loss(*pair) for pair in pairs) / directions
@@ -722,9 +740,8 @@ def update(agent, optimizer, rollout, next_value, args, measure=True):
             stats["grad_norm_trained"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             if args.ssl == "curl":
-                with torch.no_grad():
-                    for key, query in zip(agent.key_encoder.parameters(), agent.encoder.parameters()):
-                        key.lerp_(query, args.curl_tau)
+                for key, query in zip(agent.key_encoder.parameters(), agent.encoder.parameters()):
+                    key.lerp_(query.detach(), args.curl_tau)
             history.append(stats)
         if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
             break
@@ -884,7 +901,7 @@ def train(args, script=__file__):
     start = state["iteration"] if state else 0
     envs = ImageEnvs(args, args.num_envs, start)
     encoder = make_encoder(args, envs.obs_shape, envs.frame_stack, resuming=state is not None)
-    agent = Agent(args, encoder, envs.obs_shape, envs.num_actions).to(device, memory_format=torch.channels_last)
+    agent = Agent(args, encoder, envs.num_actions).to(device, memory_format=torch.channels_last)
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=True)
     row, episodes, seconds = [state[name] for name in ("row", "episodes", "seconds")] if state else ({}, [], 0.0)

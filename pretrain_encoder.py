@@ -83,9 +83,9 @@ class FrameArgs(Args):
     action_repeat: int = 2  # DeepMind Control: steps of the environment for which every action is repeated
     render_quality: Literal["standard", "fast"] = "standard"  # DeepMind Control: choose what drqv2_pisco.py will see
 
-    # Encoder of ppo_pisco.py (that of drqv2_pisco.py has no choices)
-    encoder: Literal["nature", "impala"] = "nature"  # architecture of the encoder
-    feature_dim: int = 256  # size of the encoder's output z
+    # Encoder
+    encoder: str = "nature"  # architecture: nature, impala (DeepMind Control: drqv2), or a model such as timm:resnet18
+    feature_dim: int = 256  # size of the encoder's output z; drqv2_pisco.py has it elsewhere
 
     # Training
     total_steps: int = 5_000  # most updates
@@ -107,7 +107,8 @@ def parse_args(argv):
     first, _ = tyro.cli(Args, args=[w for w in argv if w not in ("-h", "--help")], return_unknown_args=True)
     if first.objective == "rl":
         return tyro.cli(RLArgs, args=argv, description=__doc__, return_unknown_args=True)
-    dmc = {"frame_stack": 3, "learning_rate": 3e-4} if choose_algorithm(first.env_id) is drqv2_pisco else {}
+    dmc = {"encoder": "drqv2", "frame_stack": 3, "learning_rate": 3e-4}
+    dmc = dmc if choose_algorithm(first.env_id) is drqv2_pisco else {}
     defaults = FrameArgs(objective=first.objective, env_id=first.env_id, **dmc)
     return tyro.cli(FrameArgs, args=argv, default=defaults, description=__doc__), []
 
@@ -390,6 +391,11 @@ def collapse_std(z):
 
 
 # --- Training: state, simsiam ----------------------------------------------------------------------------------------
+def start_training(model):
+    """Everything trains but the statistics of the encoder's own normalisation: no algorithm will move them either."""
+    model.train().encoder.eval()
+
+
 @torch.no_grad()
 def evaluate(model, data, targets, rows, args, device):
     """Scores on the held-out rows, {name: float}; changes nothing, neither the model nor the random numbers."""
@@ -398,7 +404,7 @@ def evaluate(model, data, targets, rows, args, device):
         torch.manual_seed(args.seed)  # the same views every time
         batches = ((data.observations(r).to(device), targets[r].to(device)) for r in rows.split(args.batch_size))
         score = model.score(batches)
-    model.train()
+    start_training(model)
     return score
 
 
@@ -435,14 +441,14 @@ def fit(args, model, data, targets, train_rows, held_out, device):
 def pretrain_on_images(args):
     """One run of state or simsiam. Returns the weights file's path. Raises SystemExit."""
     algorithm = choose_algorithm(args.env_id)
-    path = output_path(args, algorithm, args)
+    path = output_path(args, args)
     device = algorithm.set_up(args)
     data = make_data(args)
     train_rows, held_out = split(data.groups, args.seed)
     encoder = algorithm.Encoder(args, data.obs_shape)
     width = encoder.eval()(torch.zeros(1, *data.obs_shape, dtype=torch.uint8)).numel()
     model = SimSiam(encoder, width, args) if args.objective == "simsiam" else StateModel(encoder, width, data.names)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    start_training(model.to(device, memory_format=torch.channels_last))
     print(f"device: {device}, {torch.get_num_threads()} threads")
     print(f"{len(train_rows):,} observations {data.obs_shape} for training, {len(held_out):,} held out", flush=True)
     targets = standardise(data.states, train_rows) if args.objective == "state" else data.states
@@ -459,11 +465,10 @@ def pretrain_on_images(args):
 
 
 # --- Weights file ----------------------------------------------------------------------------------------------------
-def output_path(args, algorithm, algorithm_args):
+def output_path(args, algorithm_args):
     """Where the weights go, a place that may be written. Raises SystemExit where something is in the way."""
-    name = re.sub(r"[^\w.-]+", "-", algorithm_args.env_id).lower()
-    architecture = algorithm_args.encoder if algorithm is ppo_pisco else "drqv2"
-    path = args.output or ppo_pisco.ENCODERS / f"{name}__{architecture}__{args.objective}.safetensors"
+    name = re.sub(r"[^\w.-]+", "-", f"{algorithm_args.env_id.lower()}__{algorithm_args.encoder}__{args.objective}")
+    path = args.output or ppo_pisco.ENCODERS / f"{name}.safetensors"
     path = Path(path).expanduser()
     if path.exists() and not (args.force and path.is_file()):  # --force must not replace a device
         raise SystemExit(f"--output {path}: exists; name another file, or replace a regular one with --force")
@@ -484,8 +489,8 @@ def usage(path):
     algorithm, env_id = choose_algorithm(metadata["environment"]), metadata["environment"]
     _, size, _ = json.loads(metadata["observation_shape"])
     needed = {"image_size": size, "frame_stack": int(metadata["frame_stack"])}
-    if algorithm is ppo_pisco:
-        needed = {"encoder": metadata["architecture"], "feature_dim": int(metadata["feature_dim"])}
+    needed = {"feature_dim": int(metadata["feature_dim"])} if algorithm is ppo_pisco else needed
+    needed |= {"encoder": metadata["architecture"]}
     defaults = algorithm.parse_args(["--env-id", env_id])
     words = ["python", f"{algorithm.__name__}.py", "--env-id", env_id, "--encoder-weights", str(path)]
     for name, value in needed.items():
@@ -512,7 +517,7 @@ def pretrain_rl(args, further):
         flags += ["--encoder-weights", "none", "--freeze-layers", "0", "--ssl", "none"]
         flags += JUMP_SOURCE if args.env_id == "Jump-v0" else []
     algorithm_args = algorithm.parse_args([*flags, *further])
-    path = output_path(args, algorithm, algorithm_args)  # before the training, not after it
+    path = output_path(args, algorithm_args)  # before the training, not after it
     folder = algorithm.train(algorithm_args, __file__)
     encoder, evaluation = folder / "encoder.safetensors", folder / "evaluation.json"
     score = json.loads(evaluation.read_text())["metrics"] if evaluation.exists() else {}  # --eval-episodes 0

@@ -79,7 +79,7 @@ def our_update(args, device, ssl, frozen, bf16=False):
     settings = drqv2_pisco.Args(ssl=ssl, batch_size=args.batch_size, bf16=bf16, compile=args.compile)
     encoder = drqv2_pisco.Encoder(settings, (9, 84, 84))
     encoder.freeze(frozen)
-    agent = drqv2_pisco.Agent(settings, encoder, (9, 84, 84), NUM_ACTIONS)
+    agent = drqv2_pisco.Agent(settings, encoder, NUM_ACTIONS)
     agent.to(device, memory_format=torch.channels_last)
     optimizers = drqv2_pisco.make_optimizers(agent, settings.learning_rate)
     batch = random_batch(args.batch_size, device)

@@ -42,7 +42,7 @@ def success_under_noise(folder, std, draws):
     args = ppo_pisco.Args(**json.loads((folder / "args.json").read_text()))
     trained, tasks = ppo_pisco.jump_tasks(args)
     envs = ppo_pisco.ImageEnvs(args, len(tasks), evaluation=True)
-    agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, envs.obs_shape), envs.obs_shape, envs.num_actions)
+    agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, envs.obs_shape), envs.num_actions)
     agent.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     torch.manual_seed(args.seed)
 

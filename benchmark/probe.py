@@ -179,13 +179,13 @@ def read_encoder(path):
 
 @torch.no_grad()
 def layer_features(encoder, data):
-    """Yields for the pixels and each layer {variant: features (N, d) float32}: the mean over the map's places and the
-    whole map. One layer at a time is kept, as maps are large."""
+    """Yields for the pixels and each layer {variant: features (N, d) float32}: the mean over the map's places, or a
+    ViT's tokens, and all of it. One layer at a time is kept, as maps are large."""
     for layer in range(len(encoder.layers) + 1):
         encoder.freeze(layer)
         parts = torch.arange(len(data.stacks)).split(64)
         x = torch.cat([encoder.frozen_prefix(data.observations(rows)) for rows in parts])
-        yield {"pooled": x.mean((2, 3)) if x.ndim == 4 else x, "flat": x.flatten(1)}
+        yield {"pooled": x.mean((2, 3)) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x, "flat": x.flatten(1)}
 
 
 def probe_states(tasks, seed):
@@ -210,7 +210,7 @@ def probe_data(args, metadata):
         if min(map(len, task_sets)) < 3:
             raise SystemExit("--jump-source, --jump-target: give three or more tasks each, to leave one out")
         source, target = (jump_data(tasks, *probe_states(tasks, args.seed)) for tasks in task_sets)
-    elif metadata["architecture"] != "drqv2":
+    elif choose_algorithm(metadata["environment"]).__name__ == "ppo_pisco":
         raise SystemExit(f"--env-id {env_id}: its true state is unknown; probe an encoder of Jump-v0 or a control task")
     elif args.target_env_id is None:
         raise SystemExit(f"--target-env-id: name the task to transfer to from {env_id}, such as its twin")

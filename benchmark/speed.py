@@ -45,7 +45,7 @@ class Args:
     repeats: int = 3
     """times that every program runs; the median counts"""
     steps: int = 4096
-    """environment steps per Pong run; Jump runs take eight times as many, impala's a half"""
+    """environment steps per Pong run; Jump runs take eight times as many, impala's and ResNet-18's a half"""
     before: str | None = None
     """an older ppo_pisco.py, to print what has become of its speed"""
     peer: str | None = None
@@ -94,6 +94,7 @@ def peer(command, flags, steps):
 
 FROZEN = "--freeze-random --freeze-layers"
 JUMP, IMPALA = "--encoder-weights none", f"{ATARI_OURS} --encoder impala"
+RESNET = f"{ATARI_OURS} --encoder timm:resnet18"
 CASES = {  # name: flags, share of --steps
     "jump, none, 0 frozen": (f"{JUMP} --ssl none", 8),
     "jump, none, 2 frozen": (f"{JUMP} --ssl none {FROZEN} 2", 8),
@@ -109,6 +110,11 @@ CASES = {  # name: flags, share of --steps
     "pong, impala, none, 6 frozen": (f"{IMPALA} --ssl none {FROZEN} 6", 0.5),
     "pong, impala, pisco, 6 frozen": (f"{IMPALA} --ssl pisco --ssl-fraction 1 {FROZEN} 6", 0.5),
     "pong, impala, pisco on half, 6 frozen": (f"{IMPALA} --ssl pisco --ssl-fraction 0.5 {FROZEN} 6", 0.5),
+    **{  # 4: all but the last stage
+        f"pong, resnet18, {loss}, {k} frozen": (f"{RESNET} --ssl {loss} {FROZEN} {k}", 0.5)
+        for loss in ("none", "pisco")
+        for k in (0, 4, "all")
+    },
 }
 RATIOS = [  # the first one's steps per second over the second one's
     ("jump, none, 0 frozen", "jump, none, 2 frozen", "cost of freezing"),
@@ -119,6 +125,15 @@ RATIOS = [  # the first one's steps per second over the second one's
         for game, frozen in (("jump", 2), ("pong", 2), ("pong, impala", 6))
         for loss in ("pisco", "pisco on half")
         for k, meaning in ((frozen, ", same freezing"), (0, " and freezing"))
+    ),
+    *(
+        (
+            "pong, resnet18, none, 0 frozen",
+            f"pong, resnet18, {loss}, {k} frozen",
+            "time over finetuning all without loss",
+        )
+        for loss in ("none", "pisco")
+        for k in ((4, "all") if loss == "none" else (0, 4, "all"))
     ),
     ("pong, none, 0 frozen, bf16", "pong, none, 0 frozen", "speed-up by bf16"),
 ]

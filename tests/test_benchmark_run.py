@@ -89,6 +89,8 @@ def digest(suite):
         module = drqv2_pisco if program == "drqv2_pisco.py" else ppo_pisco
         args = asdict(module.parse_args(flags))
         args["encoder_weights"] = Path(args["encoder_weights"]).name
+        if args["encoder"] == "drqv2":  # there was no other one, and no flag
+            del args["encoder"]
         # The loss's arguments change nothing or stand in the command, and evaluations do not change what is trained.
         left_out = ("ssl_", "projector", "eval_grid", "jump_eval_tasks", "vectorization")
         resolved.append({key: args[key] for key in sorted(args) if not key.startswith(left_out)})

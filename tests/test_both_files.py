@@ -10,8 +10,8 @@ from conftest import ROOT
 
 FILES = ("ppo_pisco.py", "drqv2_pisco.py")
 SHARED = (
-    "parse_args Encoder.freeze load_encoder save_encoder make_encoder random_shift random_noise augment simsiam_loss "
-    "info_nce_loss write_gif make_run_folder write_atomically append_metrics load_checkpoint set_up"
+    "parse_args timm_layers Encoder.freeze load_encoder save_encoder make_encoder random_shift random_noise augment "
+    "simsiam_loss info_nce_loss write_gif make_run_folder write_atomically append_metrics load_checkpoint set_up"
 ).split()
 TEXTS = [(ROOT / file).read_text() for file in FILES]
 

@@ -404,7 +404,7 @@ def tiny_agent(freeze=0, **flags):
     flags = {"projector": "mlp"} | flags
     args = Args(feature_dim=8, hidden_dim=16, projector_dim=8, image_size=24, ssl_fraction=1.0, **flags)
     torch.manual_seed(0)
-    return args, Agent(args, tiny_encoder(freeze), (9, 24, 24), 2)
+    return args, Agent(args, tiny_encoder(freeze), 2)
 
 
 def tiny_batch(n=6):
@@ -413,7 +413,7 @@ def tiny_batch(n=6):
 
 
 def test_shapes_of_the_official_network():
-    agent = Agent(Args(), Encoder(Args(), (9, 84, 84)), (9, 84, 84), 6)
+    agent = Agent(Args(), Encoder(Args(), (9, 84, 84)), 6)
     assert agent.encoder.map_shape == (32, 35, 35)
     assert sum(p.numel() for p in agent.encoder.parameters()) == 32 * (9 * 9 + 1) + 3 * 32 * (32 * 9 + 1)
     assert agent.actor.trunk[0].weight.shape == (50, 39200)

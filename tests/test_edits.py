@@ -76,12 +76,11 @@ def train_edited(file, edits, flags, tmp_path, monkeypatch):
         return module, folder, list(csv.DictReader(metrics))
 
 
-def test_new_encoder_takes_three_places(tmp_path, monkeypatch):
+def test_new_encoder_takes_two_places(tmp_path, monkeypatch):
     layers = (
         "def small_layers(channels):\n    return [nn.Sequential(nn.Conv2d(channels, 8, 9, stride=6), nn.GELU())]\n\n\n"
     )
     edits = [
-        ('encoder: Literal["nature", "impala"]', 'encoder: Literal["nature", "impala", "small"]'),
         ("def impala_layers(channels):", f"{layers}def impala_layers(channels):"),
         ('"impala": impala_layers}', '"impala": impala_layers, "small": small_layers}'),
     ]
@@ -192,26 +191,26 @@ def test_freezing_the_top_takes_one_place(tmp_path, monkeypatch, module, shape):
         assert torch.equal(trained[name], value) == name.startswith("layers.3."), name
 
 
-FIRST_LAYER = {  # with batch normalisation and dropout
-    "ppo_pisco.py": ("layer_init(nn.Conv2d(channels, 32, 8, stride=4)), nn.ReLU(inplace=True)", (1, 60, 60), 2),
-    "drqv2_pisco.py": ("layer_init(conv), nn.ReLU(inplace=True)", (9, 24, 24), 1),
+LAYERS = {  # with batch normalisation and dropout
+    "ppo_pisco.py": ("layer_init(nn.Conv2d(*size)), nn.ReLU(inplace=True)", "size[1]", (1, 60, 60), 2),
+    "drqv2_pisco.py": ("layer_init(conv), nn.ReLU(inplace=True)", "32", (9, 24, 24), 1),
 }
 
 
-@pytest.mark.parametrize("file", FIRST_LAYER)
+@pytest.mark.parametrize("file", LAYERS)
 def test_statistics_and_dropout_leave_one_policy(tmp_path, monkeypatch, file):
     """The policy that acts is the one that learns, is evaluated and is kept: a function of a single state."""
-    old, shape, num_actions = FIRST_LAYER[file]
+    old, width, shape, num_actions = LAYERS[file]
     own = "--update-epochs 1 --num-minibatches 1 --total-timesteps 64" if file == "ppo_pisco.py" else ""
     flags = f"--encoder-weights none --ssl curl --curl-tau 1 --learning-rate 1e-2 {own}"
-    edits = [(old, f"{old}, nn.BatchNorm2d(32), nn.Dropout(0.5)")]
+    edits = [(old, f"{old}, nn.BatchNorm2d({width}), nn.Dropout(0.5)")]
     module, folder, rows = train_edited(file, edits, flags, tmp_path, monkeypatch)
     args = module.parse_args(["--resume", str(folder)])
-    agent = module.Agent(args, module.Encoder(args, shape), shape, num_actions)
+    agent = module.Agent(args, module.Encoder(args, shape), num_actions)
     weights = ppo_pisco.safetensors.torch.load_file(folder / "model.safetensors")
     agent.load_state_dict(weights)
     counts = [name for name in weights if name.endswith("num_batches_tracked")]
-    assert len(counts) == (2 if file == "ppo_pisco.py" else 8) and not any(weights[name] for name in counts)
+    assert len(counts) == (6 if file == "ppo_pisco.py" else 8) and not any(weights[name] for name in counts)
     for name, value in weights.items():
         assert "running_" not in name or torch.equal(value, torch.full_like(value, float("running_var" in name))), name
     policy = (lambda obs: agent(obs)[0]) if file == "ppo_pisco.py" else (lambda obs: agent.actor(agent.encoder(obs)))
@@ -289,7 +288,7 @@ def test_two_processes_take_the_lines_of_the_benchmarks_page(tmp_path, monkeypat
         assert torch.equal(tensor, ranks[0]["weights"][name]) == name.startswith("encoder.layers.0."), name
     # The gradients are those of one process on the joined minibatch, and not those of a rank's own.
     args = ppo_pisco.parse_args(flags.split())
-    agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, (1, 60, 60)), (1, 60, 60), 2)
+    agent = ppo_pisco.Agent(args, ppo_pisco.Encoder(args, (1, 60, 60)), 2)
     agent.encoder.freeze(1)
     monkeypatch.setattr(ppo_pisco, "augment", lambda images, args: images.roll(3, -1))
     minibatches = [rank["minibatch"] for rank in ranks]

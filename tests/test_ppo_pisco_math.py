@@ -156,7 +156,7 @@ def tiny_encoder(freeze=0, shape=(1, 60, 60), **kwargs):
 def tiny_agent(ssl, freeze=0, **kwargs):
     torch.manual_seed(0)
     args = Args(ssl=ssl, feature_dim=8, projector_dim=8, **({"projector": "mlp"} | kwargs))
-    agent = Agent(args, tiny_encoder(freeze, **kwargs), (1, 60, 60), 2)
+    agent = Agent(args, tiny_encoder(freeze, **kwargs), 2)
     nn.init.normal_(agent.actor[-1].weight)  # a policy that differs from view to view
     return agent
 
@@ -255,7 +255,7 @@ def test_jump_prior_is_the_untrained_probability_of_jumping():
     jump = tiny_agent("pisco", jump_prior=0.1)
     torch.testing.assert_close(jump.actor(zero).softmax(-1), torch.tensor([[0.9, 0.1]]))
     args = Args(jump_prior=0.1, feature_dim=8, env_id="Pong-v5")
-    other = Agent(args, tiny_encoder(shape=(4, 84, 84)), (4, 84, 84), 6)
+    other = Agent(args, tiny_encoder(shape=(4, 84, 84)), 6)
     torch.testing.assert_close(other.actor(zero).softmax(-1), torch.full((1, 6), 1 / 6))
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+from copy import deepcopy
 
 import gymnasium as gym
 import numpy as np
@@ -49,7 +50,7 @@ def tensors(folder, name="model"):
 
 
 def make_agent(args, envs):
-    return Agent(args, Encoder(args, envs.obs_shape), envs.obs_shape, envs.num_actions)
+    return Agent(args, Encoder(args, envs.obs_shape), envs.num_actions)
 
 
 def finite_losses(folder):
@@ -220,8 +221,15 @@ TWO_VIEWS = {  # loss, frozen layers: policy_loss, value_loss, entropy, the loss
 
 
 @pytest.mark.parametrize("ssl, count", TWO_VIEWS)
-def test_two_views_give_the_numbers_that_they_always_gave(tmp_path, ssl, count):
-    """Other CPUs round otherwise."""
+def test_two_views_give_the_numbers_that_they_always_gave(tmp_path, monkeypatch, ssl, count):
+    """Other CPUs round otherwise. CURL's key encoder drew random weights then before it became a copy."""
+
+    def draw_and_copy(module):
+        if isinstance(module, Encoder):
+            Encoder(Args(feature_dim=32), (1, 60, 60))
+        return deepcopy(module)
+
+    monkeypatch.setattr(ppo_pisco, "copy", types.SimpleNamespace(deepcopy=draw_and_copy))
     flags = f"--ssl {ssl} --freeze-layers {count} --ssl-coef 0.1 --ssl-teacher view --projector mlp --freeze-random"
     row = metrics(train(tmp_path, f"{flags} --ssl-fraction 0.5 --eval-interval 0"))[-1]
     names = ("policy_loss", "value_loss", "entropy", ssl, "grad_norm_trained")

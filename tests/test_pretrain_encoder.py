@@ -682,7 +682,7 @@ def test_force_replaces_a_file(tmp_path):
 def test_default_names(tmp_path, monkeypatch, env_id, objective, name):
     monkeypatch.setattr(ppo_pisco, "ENCODERS", tmp_path / "encoders")
     args, algorithm = pretrain_encoder.Args(objective=objective), pretrain_encoder.choose_algorithm(env_id)
-    path = pretrain_encoder.output_path(args, algorithm, algorithm.parse_args(["--env-id", env_id]))
+    path = pretrain_encoder.output_path(args, algorithm.parse_args(["--env-id", env_id]))
     assert path == tmp_path / "encoders" / f"{name}.safetensors"
 
 
