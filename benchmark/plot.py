@@ -14,190 +14,49 @@ import functools
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-from run import read_evaluations, read_runs  # noqa: E402
-from stats import (
+from kept import (  # noqa: E402
+    BOOTSTRAPS,
+    FEW,
+    RESULTS,
+    SUCCESS,
+    UNSEEN,
+    Runs,
+    at_equal_minutes,
+    is_complete,
+    judge_family,
+    over_cells,
+    read_kept,
+    read_scores,
+    read_suite,
+    scale_of,
+    splits_of,
+)
+from stats import (  # noqa: E402
     aggregate,
     compare,
     difference,
     holm_levels,
     improvement,
-    mean_until,
     pvalue_of,
     resample,
-    score_at,
     verdict,
     welch,
 )
-from suites import CELLS, FAMILIES, GRIDS, PANELS, SCORES, STDS, SUITES, UNDER_NOISE, seeds_of  # noqa: E402
+from suites import AT_THE_END, CELLS, FAMILIES, GRIDS, PANELS, SPLITS, STDS  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
-RESULTS = ROOT / "benchmark" / "results"
 FIGURES_FOLDER = ROOT / "benchmark" / "figures"
 PAGES = [ROOT / "README.md", ROOT / "benchmark" / "README.md"]
 # Okabe and Ito's colours, which the colour-blind can tell apart; with dashes there are enough for twenty methods.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255", "#44aa99"]
 VERDICTS = {"supported": "#009e73", "contradicted": "#d55e00", "no difference": "#0072b2", "inconclusive": "0.3"}
-BOOTSTRAPS = 10  # a verdict that differs between so many sets of samples is inconclusive
-FEW = 5  # with fewer seeds an interval is no more than a range: points and means alone are shown
-
-
-# --- Kept results ----------------------------------------------------------------------------------------------------
-class Runs(NamedTuple):
-    """A method's n kept runs, evaluated E times; over cells minutes and scores have these as one more axis in front."""
-
-    seeds: list  # over cells those of the first one
-    steps: np.ndarray  # (E,) float64
-    minutes: np.ndarray  # (n, E) float64, of training, evaluations left out
-    scores: np.ndarray  # (n, E) float64
-
-    @property
-    def both(self):
-        """Every run's last score and its mean score, which tells how fast it learned, (n, 2) float64."""
-        return np.stack([self.scores[..., -1], self.scores.mean(-1)], -1)
-
-
-class Scale(NamedTuple):
-    column: str  # of evaluations.csv.gz
-    digits: int  # of a score in tables
-    highest: float  # predictions are judged by shares of it
-    equal: float  # a gain whose interval lies within it is no difference
-    name: str
-
-
-SUCCESS = Scale("greedy_success", 2, 1, 0.1, "tasks solved (greedy)")
-RETURN = Scale("greedy_return", 0, 1000, 0.05, "return (mean of the episodes)")  # the control suite's
-
-
-@functools.lru_cache(maxsize=4)
-def read_kept(suite):
-    """{method: {seed: (row of runs.csv, evaluations)}} of the suite's kept runs, seeds by number."""
-    runs, evaluations, found = read_runs(RESULTS / suite), read_evaluations(RESULTS / suite), {}
-    known = SUITES.get(Path(suite).name, {"methods": ()})["methods"]  # their order, and then the table's
-    for method in dict.fromkeys([*known, *(method for method, _ in runs)]):
-        if seeds := sorted(seed for name, seed in runs if name == method):
-            found[method] = {seed: (runs[method, seed], evaluations[method, seed]) for seed in seeds}
-    return found
-
-
-def scale_of(suite):
-    """The scale of a suite's scores: success where there is one, else the return, with decimals where it is small."""
-    _, rows = next(iter(next(iter(read_kept(suite).values())).values()))
-    small = all(abs(float(row["greedy_return"])) < 100 for row in rows)
-    return SUCCESS if rows[-1].get(SUCCESS.column) else RETURN._replace(digits=2 if small else 0)
-
-
-def read_suite(suite, column=None):
-    """{method: Runs} of the kept runs of a suite, or of a folder that run.py fills; `column` is the score, where it was
-    measured. Raises ValueError where a method's runs have not as many evaluations."""
-    results, column = {}, column or SCORES.get(suite, scale_of(suite).column)
-    for method, kept in read_kept(suite).items():
-        names = ("global_step", "seconds", column)
-        runs = [[[float(row[name]) for name in names] for row in rows if row.get(column)] for _, rows in kept.values()]
-        if not any(runs):
-            continue
-        if len({len(run) for run in runs}) > 1:
-            raise ValueError(f"{suite}, {method}: the seeds have not as many evaluations")
-        steps, seconds, scores = np.moveaxis(np.array(runs), -1, 0)  # (n, E) each
-        results[method] = Runs(list(kept), steps.mean(0), seconds / 60, scores)  # DrQ-v2 evaluates between episodes
-    return results
-
-
-def is_complete(suite):
-    """Whether all methods of a suite of suites.py have just the seeds that its protocol names: else nothing is judged.
-    One that is not there any more is as it is."""
-    kept, about = read_kept(suite), SUITES.get(suite, {"methods": ()})
-    n = about.get("n", 3)
-    return all(list(kept.get(name, ())) == seeds_of(suite, name, n) for name in about["methods"])
-
-
-def over_cells(results):
-    """{method: Runs over cells} of results whose methods' names are "CELL, METHOD"."""
-    methods = {}
-    for name, runs in results.items():
-        methods.setdefault(name.split(", ", 1)[1], []).append(runs)
-    return {
-        name: Runs(found[0].seeds, found[0].steps, *(np.stack(arrays) for arrays in list(zip(*found))[2:]))
-        for name, found in methods.items()
-    }
-
-
-def splits_of(suite):
-    """The split of each of the suite's cells "SPLIT encoder SEED", in the order of over_cells."""
-    cells = dict.fromkeys(name.split(", ", 1)[0] for name in read_kept(suite))
-    return [cell.rsplit(" encoder ", 1)[0] for cell in cells]
-
-
-def changes_under_noise():
-    """{method and UNDER_NOISE: scores} of the fresh heads' policies under the strongest noise: success less that
-    without noise, and minus the share of it that is lost, or 0 where none is lost or there is none to lose."""
-    clean, strong = (over_cells(read_suite("jump-noise", f"fresh head, noise {std}")) for std in (STDS[0], STDS[-1]))
-    changes = {}
-    for method, runs in clean.items():
-        change = strong[method].both - runs.both
-        share = np.divide(np.minimum(change, 0), runs.both, out=np.zeros_like(change), where=runs.both > 0)
-        changes |= {f"{method}{score}": x for score, x in zip(UNDER_NOISE, (change, share))}
-    return changes
-
-
-def read_scores(suite):
-    """{method: scores of Runs.both, as shares of the highest} of the kept runs; none of an incomplete suite."""
-    if not read_kept(suite) or not is_complete(suite):
-        return {}
-    results = over_cells(read_suite(suite)) if suite in CELLS else read_suite(suite)
-    scores = {method: runs.both / scale_of(suite).highest for method, runs in results.items()}
-    if suite != "jump-noise":
-        return scores
-    return {f"{method}, fresh head": both for method, both in scores.items()} | changes_under_noise()
-
-
-# --- Verdicts --------------------------------------------------------------------------------------------------------
-def judge(predictions, scores, seed=0):
-    """Gains of a claim's predictions [(suite, method, other, margin)] that have runs enough, under Holm's correction:
-    [(prediction, (mean over the run, interval), (at the end, interval) or None, (runs, the other's runs, cells))].
-
-    scores {suite: {method: (n, 2) or (cells, n, 2)}} are those of read_scores; under noise there is no end.
-    """
-    pairs = [(p, *(scores[p[0]].get(method, np.empty((0, 2))) for method in p[1:3])) for p in predictions]
-    pairs = [(p, a, b) for p, a, b in pairs if min(a.size, b.size) >= 2 * FEW]
-    gains = []
-    for column in (1, 0):
-        asked = [(p, a, b) for p, a, b in pairs if column or not p[1].endswith(UNDER_NOISE)]
-        tests = {p: compare(a[..., column], b[..., column], p[3], seed) for p, a, b in asked}
-        levels = holm_levels([pvalue for pvalue, _ in tests.values()])
-        gains.append({p: interval(1 - level) for (p, (_, interval)), level in zip(tests.items(), levels)})
-    counts = [(a.size // 2, b.size // 2, len(a) if a.ndim == 3 else 1) for _, a, b in pairs]
-    return [(p, gains[0][p], gains[1].get(p), count) for (p, _, _), count in zip(pairs, counts)]
-
-
-@functools.cache
-def judge_family(name):
-    """{claim: judge's answers} of a family of FAMILIES, and {prediction: verdict on the mean over the run}."""
-    claims, judged, words = FAMILIES[name], {}, {}
-    scores = {suite: read_scores(suite) for suite in {p[0] for found in claims.values() for p in found}}
-    for claim, predictions in claims.items():
-        for seed in range(BOOTSTRAPS if any(p[0] in CELLS for p in predictions) else 1):
-            found = judge(predictions, scores, seed)
-            judged.setdefault(claim, found)
-            for p, (_, interval), *_ in found:
-                word = verdict(*interval, p[3], scale_of(p[0]).equal)
-                words[p] = word if words.get(p, word) == word else "inconclusive"
-    return {claim: found for claim, found in judged.items() if found}, words
-
-
-def at_equal_minutes(faster, slower):
-    """Scores (..., n, 2) of two methods' Runs at the moment at which half of a cell's runs of the faster one are done,
-    and the mean until then."""
-    limit = np.median(faster.minutes[..., -1], axis=-1)[..., None]  # (cells, 1) or (1,)
-    arms = [(runs.minutes, runs.scores, limit) for runs in (faster, slower)]
-    return [np.stack([score_at(*arm), mean_until(*arm)], -1) for arm in arms]
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
@@ -332,6 +191,52 @@ def write_exploratory():
     return markdown(["gain", "until", "mean until then", "at that moment"], rows)
 
 
+def without_sources(suite):
+    """{method: mean share solved at the end, over all runs, of the tasks that neither it nor its encoder trained}."""
+    shares = {}
+    for name, kept in read_kept(suite).items():
+        cell, method = name.split(", ", 1)
+        split = SPLITS[cell.rsplit(" encoder ", 1)[0]]  # tasks of the source, tasks of the target
+        known = {f"{x}:{y}" for tasks in split for x, y in ppo_pisco.parse_jump_tasks(tasks)}
+        for _, rows in kept.values():
+            played = zip(rows[-1]["tasks"].split(), rows[-1]["greedy"])
+            shares.setdefault(method, []).append(np.mean([word == "1" for task, word in played if task not in known]))
+    return {method: np.mean(found) for method, found in shares.items()}
+
+
+def write_unseen(suite="jump-unseen"):
+    """What jump-unseen's policies do at the end on tasks trained and unseen, clean and under noise, as Markdown."""
+    columns = {
+        "unseen": UNSEEN, "unseen, sampled": "sampled_unseen_success", "unseen, noise": f"noisy {UNSEEN}",
+        "trained": SUCCESS.column, "trained, noise": f"noisy {SUCCESS.column}", "loss's share": "ssl_grad_share",
+    }  # fmt: skip
+    found = {title: over_cells(read_suite(suite, column)) for title, column in columns.items()}
+    means = {title: {m: x.scores[..., -1].mean() for m, x in methods.items()} for title, methods in found.items()}
+    means["unseen, without the encoder's"] = without_sources(suite)
+    means["trained, mean over the run"] = {m: x.scores.mean() for m, x in found["trained"].items()}
+    rows = [[m, *(f"{of[m]:.2f}" if m in of else "-" for of in means.values())] for m in found["unseen"]]
+    return markdown(["method", *means], rows)
+
+
+def write_freezing_again(suite="jump-unseen"):
+    """Does a frozen bottom gain over finetuned, at equal minutes and under noise? Under Holm's correction."""
+    arms, scores = ("frozen bottom", "finetuned"), {}
+    runs = [over_cells(read_suite(suite, SUCCESS.column))[arm] for arm in arms]
+    steady = [np.median(x.minutes[..., -1]) * x.steps / x.steps[-1] for x in runs]  # (E,): other work shared the cores
+    timed = [x._replace(minutes=np.broadcast_to(minutes, x.scores.shape)) for x, minutes in zip(runs, steady)]
+    scores["equal minutes, mean until then"] = [both[..., 1] for both in at_equal_minutes(*timed)]
+    noisy = over_cells(read_suite(suite, f"noisy {SUCCESS.column}"))
+    scores["noise of 64 grey levels"] = [noisy[arm].scores[..., -1] for arm in arms]
+    tests, rows = [[compare(*pair, seed=seed) for pair in scores.values()] for seed in range(BOOTSTRAPS)], []
+    levels = [holm_levels([pvalue for pvalue, _ in found]) for found in tests]
+    for i, (name, pair) in enumerate(scores.items()):
+        gains = [found[i][1](1 - level[i]) for found, level in zip(tests, levels)]
+        words = {verdict(*interval, 0.0, SUCCESS.equal) for _, interval in gains}
+        word = words.pop() if len(words) == 1 else "inconclusive"
+        rows.append([name, word, with_interval(*gains[0], 2, "+"), *(f"{x.mean():.2f}" for x in pair)])
+    return markdown(["trained tasks", "", "gain of freezing", *arms], rows)
+
+
 def prediction_text(prediction):
     _, better, worse, margin = prediction
     return f"{better} > {worse}" + (f" - {margin:.2f}" if margin else "")
@@ -339,7 +244,7 @@ def prediction_text(prediction):
 
 def write_verdicts(family):
     """A family's predictions and what the kept runs say of them, as Markdown; over splits with each one's gain in the
-    mean over the run."""
+    judged score."""
     judged, words = judge_family(family)
     suites = {p[0] for found in judged.values() for p, *_ in found}
     splits, rows = list(dict.fromkeys(split for suite in suites & {*CELLS} for split in splits_of(suite))), []
@@ -348,7 +253,8 @@ def write_verdicts(family):
             both = [with_interval(*gain, 2, "+") if gain else "-" for gain in (mean, end)]
             each = []
             if splits:
-                gains = np.subtract(*(read_scores(p[0])[name][..., 1].mean(1) for name in p[1:3]))  # (cells,)
+                score = 0 if family in AT_THE_END else 1
+                gains = np.subtract(*(read_scores(p[0])[name][..., score].mean(1) for name in p[1:3]))  # (cells,)
                 each = [f"{gains[np.array(splits_of(p[0])) == split].mean():+.2f}" for split in splits]
             runs = [f"{counts[0]}, {counts[1]}", str(counts[2])]
             rows.append([claim, prediction_text(p), words[p], *both, *runs, *each])
@@ -501,6 +407,7 @@ TABLES = {  # the mark on a page: what writes the table; one without a mark is p
     **{suite: functools.partial(table_of(suite), suite) for suite in KEPT},
     **{family: functools.partial(write_verdicts, family) for family in FAMILIES},
     "exploratory": write_exploratory, "noise": write_noise_table, "freezing": write_freezing, "speed": write_speeds,
+    "jump-unseen scores": write_unseen, "jump-unseen freezing": write_freezing_again,
 }  # fmt: skip
 FIGURES = {  # the file: what draws it
     **{name: functools.partial(draw_grid, panels=panels) for name, panels in GRIDS.items()},
@@ -529,7 +436,8 @@ def main(argv=None):
         print(f"plot.py: error: {wanted[0]!r}: choose among {', '.join(TABLES | FIGURES)}", file=sys.stderr)
         return 2
     for name in tables:
-        if name in CELLS and not is_complete(name):
+        suite = name.split(" ")[0]
+        if suite in CELLS and not is_complete(suite):
             print(f"{name}: not all runs yet\n")
             continue
         table = TABLES[name]()

@@ -259,6 +259,7 @@ FAMILIES = {
     },
     "control": {"positive control": [("dmc-sparse", x, FROM_SCRATCH, 0.0) for x in (FINETUNED, "frozen")]},
 }
+AT_THE_END = ("unseen",)  # families judged by the last evaluation, others by the mean over the run
 IMPALA = [f"impala, {k} frozen" for k in (0, 4, 7, 10)]
 PANELS = {  # a suite's learning curves: {title: {label: method}}, or all methods in one panel
     "jump-cells": {

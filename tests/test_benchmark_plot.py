@@ -1,6 +1,7 @@
 """The benchmark's statistics, tables and figures, by hand. What needs rliable is drawn by the gate."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -15,10 +16,18 @@ def stats(monkeypatch):
 
 
 @pytest.fixture
-def plot(monkeypatch, tmp_path):
-    """benchmark/plot.py with a folder of results of its own, and a suite `tiny` in it."""
-    module = load("plot", monkeypatch)
+def kept(monkeypatch, tmp_path):
+    """benchmark/kept.py with a folder of results of its own."""
+    module = load("kept", monkeypatch)
+    monkeypatch.setitem(sys.modules, "kept", module)
     monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+@pytest.fixture
+def plot(kept, monkeypatch, tmp_path):
+    """benchmark/plot.py with the same folder, and a suite `tiny` in it."""
+    module = load("plot", monkeypatch)
     monkeypatch.setattr(module, "PAGES", [])
     monkeypatch.setattr(module, "aggregate", lambda x: (x.mean(0), np.stack([x.min(0), x.max(0)])))
     put_run(tmp_path / "tiny", "one method", 10, (0.75, 1.0), seconds=6, resumed=True)
@@ -154,8 +163,8 @@ def test_suite_is_read_seed_by_seed(plot):
     assert plot.read_suite("tiny", "greedy_return")["one method"].scores.tolist() == [[1.0, 1.0]] * 2
 
 
-def test_suite_may_name_its_score(plot, monkeypatch):
-    monkeypatch.setitem(plot.SCORES, "tiny", "greedy_return")
+def test_suite_may_name_its_score(plot, kept, monkeypatch):
+    monkeypatch.setitem(kept.SCORES, "tiny", "greedy_return")
     assert plot.read_suite("tiny")["one method"].scores.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
@@ -166,11 +175,11 @@ def test_seeds_with_different_evaluations_are_refused(plot, tmp_path):
         plot.read_suite("tiny")
 
 
-def test_suite_is_judged_when_it_has_all_its_seeds(plot, tmp_path, monkeypatch):
+def test_suite_is_judged_when_it_has_all_its_seeds(plot, kept, tmp_path, monkeypatch):
     methods = {f"cell {cell}, {method}": "" for cell in (1, 2) for method in ("a, b", "c")}
     first = {name: 1 if name.startswith("cell 1") else 3 for name in methods}  # the second cell has seeds of its own
-    monkeypatch.setitem(plot.SUITES, "cells", {"n": 2, "first_seed": first, "methods": methods})
-    monkeypatch.setattr(plot, "CELLS", ("cells",))
+    monkeypatch.setitem(kept.SUITES, "cells", {"n": 2, "first_seed": first, "methods": methods})
+    monkeypatch.setattr(kept, "CELLS", ("cells",))
     for seed in (1, 2):
         for i, name in enumerate(methods):
             plot.read_kept.cache_clear()
@@ -210,47 +219,47 @@ def test_claims_and_curves_name_methods_of_the_kept_results(monkeypatch):
         assert {method for found in panels.values() for method in found.values()} <= results.keys()
 
 
-def test_a_claims_predictions_share_its_error(plot):
+def test_a_claims_predictions_share_its_error(plot, kept):
     """Two predictions, the clear one tested at 0.05 / 2 and the other then at 0.05; a third has too few runs."""
     random = np.random.default_rng(0)
     low, high = random.normal(0, 0.1, (2, 6, 2)) + np.array([[[0.0]], [[1.0]]])
     scores = {"tiny": {"low": low, "high": high, "same": low + 0.01, "few": high[:4]}}
     predictions = [("tiny", "high", "low", 0.0), ("tiny", "same", "low", 0.0), ("tiny", "few", "low", 0.0)]
-    (first, mean, end, counts), (second, other_mean, _, _) = plot.judge(predictions, scores)
+    (first, mean, end, counts), (second, other_mean, _, _) = kept.judge(predictions, scores)
     assert (first, second, counts) == (*predictions[:2], (6, 6, 1))
     assert mean == plot.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2)
     assert end == plot.difference([high[:, 0]], [low[:, 0]], 1 - 0.05 / 2)
     assert other_mean == plot.difference([low[:, 1] + 0.01], [low[:, 1]], 0.95)
 
 
-def test_a_measurement_has_no_end_and_no_part_in_its_error(plot):
+def test_a_measurement_has_no_end_and_no_part_in_its_error(plot, kept):
     random = np.random.default_rng(0)
     low, high = random.normal(0, 0.1, (2, 6, 2)) + np.array([[[0.0]], [[1.0]]])
-    noise = plot.UNDER_NOISE[0]
+    noise = kept.UNDER_NOISE[0]
     scores = {"tiny": {"low": low, "high": high, f"low{noise}": low, f"high{noise}": high}}
     predictions = [("tiny", "high", "low", 0.0), ("tiny", f"high{noise}", f"low{noise}", 0.0)]
-    (_, mean, end, _), (_, _, no_end, _) = plot.judge(predictions, scores)
+    (_, mean, end, _), (_, _, no_end, _) = kept.judge(predictions, scores)
     assert mean == plot.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2) and no_end is None
     assert end == plot.difference([high[:, 0]], [low[:, 0]], 0.95)
 
 
-def test_margin_enters_the_test(plot):
+def test_margin_enters_the_test(plot, kept):
     """A gain of about zero comes last without a margin and, with one that large, first."""
     random = np.random.default_rng(1)
     base, better = random.normal(0, 0.1, (8, 2)), random.normal(0.3, 0.1, (8, 2))
     scores = {"tiny": {"base": base, "better": better, "same": base[::-1]}}
     predictions = [("tiny", "same", "base", 1.0), ("tiny", "better", "base", 0.0)]
-    found = plot.judge(predictions, scores)
+    found = kept.judge(predictions, scores)
     assert found[0][1] == plot.difference([base[::-1, 1]], [base[:, 1]], 1 - 0.05 / 2)
 
 
-def test_predictions_over_cells_are_judged(plot):
+def test_predictions_over_cells_are_judged(plot, kept):
     """By cell and seed. All gains over "low" are positive: tested first, at 0.05 / 2; those over "same" at 0.05."""
     random = np.random.default_rng(0)
     ours, low, same = random.uniform(0, 1, (3, 4, 3, 2)) + np.array([2.0, 0.0, 2.0])[:, None, None, None]
     scores = {"tiny": {"ours": ours, "low": low, "same": same}}
     predictions = [("tiny", "ours", "same", 0.0), ("tiny", "ours", "low", 0.0)]
-    for (_, mean, end, counts), others, level in zip(plot.judge(predictions, scores), (same, low), (0.05, 0.025)):
+    for (_, mean, end, counts), others, level in zip(kept.judge(predictions, scores), (same, low), (0.05, 0.025)):
         assert counts == (12, 12, 4)
         for (gain, interval), column in ((mean, 1), (end, 0)):
             gains = (ours - others)[..., column]
@@ -260,29 +269,40 @@ def test_predictions_over_cells_are_judged(plot):
             assert interval == pytest.approx((min(samples[0], student[0]), max(samples[1], student[1])))
 
 
-def test_pair_without_spread_passes_no_test(plot):
+def test_pair_without_spread_passes_no_test(plot, kept):
     """It must not take the strictest level from a pair that has a test."""
     clear = np.array([[0.0, 0.1], [0.1, 0.0]] * 3)
     scores = {"tiny": {"one": np.ones((5, 2)), "half": np.full((5, 2), 0.5), "low": clear, "high": clear + 1}}
-    flat, found = plot.judge([("tiny", "one", "half", 0.0), ("tiny", "high", "low", 0.0)], scores)
+    flat, found = kept.judge([("tiny", "one", "half", 0.0), ("tiny", "high", "low", 0.0)], scores)
     assert flat[1][0] == 0.5 and np.isnan(flat[1][1]).all()
     assert found[1] == plot.difference([clear[:, 1] + 1], [clear[:, 1]], 1 - 0.05 / 2)
 
 
-def test_a_verdict_that_another_bootstrap_turns_is_inconclusive(plot, monkeypatch):
+def test_a_verdict_that_another_bootstrap_turns_is_inconclusive(kept, monkeypatch):
     """Of ten sets of samples one has its lower end below zero; the table shows the first one's interval."""
-    monkeypatch.setattr(plot, "CELLS", ("cells",))
-    monkeypatch.setattr(plot, "FAMILIES", {"family": {"a claim": [("cells", "a", "b", 0.0)]}})
-    monkeypatch.setattr(plot, "read_scores", lambda suite: {})
-    monkeypatch.setattr(plot, "scale_of", lambda suite: plot.SUCCESS)
-    lows = {seed: -0.5 if seed == 7 else 0.1 for seed in range(plot.BOOTSTRAPS)}
+    monkeypatch.setattr(kept, "CELLS", ("cells",))
+    monkeypatch.setattr(kept, "FAMILIES", {"family": {"a claim": [("cells", "a", "b", 0.0)]}})
+    monkeypatch.setattr(kept, "read_scores", lambda suite: {})
+    monkeypatch.setattr(kept, "scale_of", lambda suite: kept.SUCCESS)
+    lows = {seed: -0.5 if seed == 7 else 0.1 for seed in range(kept.BOOTSTRAPS)}
     counts = (6, 6, 2)
-    monkeypatch.setattr(plot, "judge", lambda p, scores, seed: [(p[0], (0.3, (lows[seed], 0.9)), None, counts)])
-    judged, words = plot.judge_family("family")
+    monkeypatch.setattr(kept, "judge", lambda p, scores, seed: [(p[0], (0.3, (lows[seed], 0.9)), None, counts)])
+    judged, words = kept.judge_family("family")
     assert judged["a claim"][0][1] == (0.3, (0.1, 0.9)) and list(words.values()) == ["inconclusive"]
-    plot.judge_family.cache_clear()
+    kept.judge_family.cache_clear()
     lows[7] = 0.2
-    assert list(plot.judge_family("family")[1].values()) == ["supported"]
+    assert list(kept.judge_family("family")[1].values()) == ["supported"]
+
+
+def test_a_family_may_be_judged_by_the_end(kept, monkeypatch):
+    monkeypatch.setattr(kept, "FAMILIES", {name: {"a claim": [("tiny", "a", "b", 0.0)]} for name in ("mean", "end")})
+    monkeypatch.setattr(kept, "AT_THE_END", ("end",))
+    monkeypatch.setattr(kept, "read_scores", lambda suite: {})
+    monkeypatch.setattr(kept, "scale_of", lambda suite: kept.SUCCESS)
+    gains = (0.3, (0.2, 0.4)), (-0.3, (-0.4, -0.2))
+    monkeypatch.setattr(kept, "judge", lambda predictions, *_: [(predictions[0], *gains, (6, 6, 1))])
+    assert list(kept.judge_family("mean")[1].values()) == ["supported"]
+    assert list(kept.judge_family("end")[1].values()) == ["contradicted"]
 
 
 def test_verdicts_table_has_every_splits_gain(plot, monkeypatch):
@@ -301,6 +321,9 @@ def test_verdicts_table_has_every_splits_gain(plot, monkeypatch):
         "| a claim | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [?, ?] | 6, 6 | 3 | +0.38 | -0.25 |",
         "|  | one > two - 0.10 | inconclusive | -0.25 [-0.50, +0.00] | - | 6, 6 | 3 | +0.38 | -0.25 |",
     ]
+    monkeypatch.setattr(plot, "AT_THE_END", ("family",))
+    gains[:, :, 0] *= 2
+    assert [row[-18:] for row in plot.write_verdicts("family").splitlines()[2:]] == [" | +0.75 | -0.50 |"] * 2
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
     plot.draw_forest("path", "family")
@@ -394,6 +417,55 @@ def test_changes_under_noise_by_hand(plot, tmp_path, monkeypatch):
     assert scores["a, relative change"][..., 1].tolist() == [[-0.5, 0.0], [0.0, -1.0]]
     monkeypatch.setattr(plot, "STDS", (0, 64))
     assert plot.write_noise_table().splitlines()[2] == "| a | 4 | 0.50 | 0.25 | 1 |"
+
+
+CELLS_OF_UNSEEN = ("lattice 8 floors encoder 2", "lattice 5 grid encoder 3")
+
+
+def put_unseen(folder, cell, method, seed, trained, unseen, noisy, solved, minutes=(1, 2), share=()):
+    """Puts a run of jump-unseen with these scores of both evaluations, played under noise and on a few tasks."""
+    from run import RUN_COLUMNS, append
+
+    tasks = "20:18 24:10 20:10 21:10 20:20"  # trained by the first cell, and by its encoder; by the other one's
+    for i, step in enumerate((10, 20)):
+        row = {"method": f"{cell}, {method}", "seed": seed, "global_step": step, "seconds": 60 * minutes[i]}
+        row |= {"greedy_return": 1, "greedy_success": trained[i], "greedy_unseen_success": unseen[i]}
+        row |= {"sampled_unseen_success": 0.125} | ({"ssl_grad_share": share[i]} if share else {})
+        append(folder / "evaluations.csv.gz", [row | ({"tasks": tasks, "greedy": solved} if i else {})])
+    append(folder / "runs.csv", [{name: row.get(name, "") for name in RUN_COLUMNS}])
+    noise = {"method": row["method"], "seed": seed, "std": 64.0, "draws": 5}
+    append(folder / "noise.csv", [noise | dict(zip(("greedy_success", "greedy_unseen_success"), noisy))])
+
+
+def test_unseen_tasks_by_hand(plot, tmp_path):
+    """Two cells, in each of which other tasks were trained or known to the encoder."""
+    for cell, solved in zip(CELLS_OF_UNSEEN, ("01010", "01010")):
+        put_unseen(tmp_path / "u", cell, "a", 1, (0.0, 0.5), (0.0, 0.25), (0.25, 0.0), solved)
+        put_unseen(tmp_path / "u", cell, "b", 1, (0.5, 1.0), (0.5, 0.75), (1.0, 0.5), "11111", share=(0.5, 1.5))
+    # 24:10, 20:18 and 20:10 are known in the first cell, 20:10 and 20:20 in the other: 1 of 2 and 2 of 3 are solved
+    head, _, *rows = plot.write_unseen("u").splitlines()
+    assert head == (
+        "| method | unseen | unseen, sampled | unseen, noise | trained | trained, noise | loss's share | "
+        "unseen, without the encoder's | trained, mean over the run |"
+    )
+    assert rows == [
+        "| a | 0.25 | 0.12 | 0.00 | 0.50 | 0.25 | - | 0.58 | 0.25 |",
+        "| b | 0.75 | 0.12 | 0.50 | 1.00 | 1.00 | 1.50 | 1.00 | 0.75 |",
+    ]
+
+
+def test_freezing_at_equal_minutes_and_under_noise_by_hand(plot, tmp_path):
+    """The frozen bottom takes two minutes, 0.5 in the second one; the other method's median run takes three, with 0.5
+    from a minute and a half on. Under noise the frozen bottom solves 0.5 and, in the second cell, 0.25."""
+    for i, cell in enumerate(CELLS_OF_UNSEEN):
+        for seed in (1, 2):
+            noisy, slow = (0.5 - 0.25 * i, 0), (4.5, 9) if i and seed == 2 else (1.5, 3)  # a slow one, to be ignored
+            put_unseen(tmp_path / "u", cell, "frozen bottom", seed, (0.5, 1.0), (0, 0), noisy, "00000", (1, 2))
+            put_unseen(tmp_path / "u", cell, "finetuned", seed, (0.5, 1.0), (0, 0), (0.0, 0), "00000", slow)
+    minutes, noise = (row.strip("| ").split(" | ") for row in plot.write_freezing_again("u").splitlines()[2:])
+    assert minutes[0] == "equal minutes, mean until then" and minutes[3:] == ["0.25", "0.12"]
+    assert minutes[1:3] == ["inconclusive", "+0.12 [?, ?]"]  # all gains are the same: there is no test
+    assert noise[0] == "noise of 64 grey levels" and noise[3:] == ["0.38", "0.00"] and noise[2].startswith("+0.38 [")
 
 
 def test_own_rates_of_the_kept_comparisons_are_those_that_their_protocol_chooses(monkeypatch):
