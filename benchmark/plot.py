@@ -266,7 +266,7 @@ def write_verdicts(family):
 def write_speeds():
     """The ratios that speed.py and drqv2_speed.py have measured, as Markdown."""
     rows = []
-    for name in ("speed", "drqv2_speed"):
+    for name in ("speed", "timm_speed", "drqv2_speed"):
         with open(RESULTS / f"{name}.csv", newline="") as file:
             rows += [[row["what"], row["value"], row["unit or meaning"]] for row in csv.DictReader(file)]
     return markdown(["over", "ratio", "what it tells"], [row for row in rows if " / " in row[0]])
