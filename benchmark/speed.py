@@ -98,6 +98,7 @@ def peer(command, flags, steps):
 
 FROZEN = "--freeze-random --freeze-layers"
 JUMP, IMPALA = "--encoder-weights none", f"{ATARI_OURS} --encoder impala"
+WORLD = "--env-id miniworld:MiniWorld-FourRooms-v0"
 RESNET = f"{ATARI_OURS} --encoder timm:resnet18"
 CASES = {  # name: flags, share of --steps
     "jump, none, 0 frozen": (f"{JUMP} --ssl none", 8),
@@ -119,6 +120,7 @@ CASES = {  # name: flags, share of --steps
         for loss in ("none", "pisco")
         for k in (0, 4, "all")
     },
+    **{f"miniworld, {way}": (f"{WORLD} --ssl none --vectorization {way}", 1) for way in ("sync", "async")},
 }
 RATIOS = [  # the first one's steps per second over the second one's
     ("jump, none, 0 frozen", "jump, none, 2 frozen", "cost of freezing"),
@@ -135,6 +137,7 @@ RATIOS = [  # the first one's steps per second over the second one's
         for case in ("none, 4", "none, all", "pisco, 0", "pisco, 4", "pisco, all")
     ),
     ("pong, none, 0 frozen, bf16", "pong, none, 0 frozen", "speed-up by bf16"),
+    ("miniworld, async", "miniworld, sync", "speed-up by a process for every copy"),
 ]
 
 
