@@ -248,30 +248,32 @@ def drqv2_layers(channels):
 
 
 def timm_layers(name, channels, black, tensors=None):
-    """The stem, then each stage or block of timm's model timm:NAME, for images of any size, pixels black to black + 1.
-    Random weights, or those of a file's `tensors`, or timm's own where these are empty. Raises SystemExit."""
-    if not (name.startswith("timm:") and importlib.util.find_spec("timm")):
-        hint = "give one that --help names, or timm:NAME (pip install timm==1.0.31 torchvision==0.28.0)"
-        raise SystemExit(f"--encoder {name}: unknown; {hint}")
+    """The stem, then each stage or block of timm's ResNet, ConvNeXt, EfficientNet, RegNet or plain ViT timm:NAME, for
+    images of any size with pixels from `black` to black + 1. Random weights, or those of `tensors`, which a file of
+    timm's has, or its hub's where these are empty. Raises SystemExit where there is no timm or no such model."""
+    if not importlib.util.find_spec("timm"):
+        raise SystemExit(f"--encoder {name}: not of this file; pip install timm==1.0.31 torchvision==0.28.0 for timm's")
     try:
         import timm
     except RuntimeError:  # PyPI's torchvision beside a CPU build of torch: declare what it couldn't load
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
         import timm
+    if not (name.startswith("timm:") and timm.is_model(name[5:])):
+        raise SystemExit(f"--encoder {name}: unknown; give one that --help names, or timm: and a model of timm's")
     sizes = {"dynamic_img_size": True, "dynamic_img_pad": True} if re.match("timm:(test_)?(vit|deit)", name) else {}
     model = timm.create_model(name[5:], tensors is not None, None, {"state_dict": tensors}, in_chans=channels, **sizes)
     model.reset_classifier(0, "")  # no pooling either, which would lose where things are
-    # The colours' means and deviations, in turns as timm repeats its filters, are statistics that never move
+    # The colours' means and deviations, in turns as timm repeats its filters (grey has red's), are never trained
     mean, std = (torch.tensor(model.pretrained_cfg[key]).repeat(channels)[:channels] for key in ("mean", "std"))
     layers = [nn.Sequential(nn.BatchNorm2d(channels, eps=0, affine=False), model)]
     layers[0][0].running_mean, layers[0][0].running_var = mean + black, std**2
-    for part, module in list(model.named_children()):
-        stages = module if part in ("stages", "blocks") else [module] if re.fullmatch(r"(layer|s)\d", part) else []
+    for child, module in list(model.named_children()):
+        stages = module if child in ("stages", "blocks") else [module] if re.fullmatch("(layer|s)[1-9]", child) else []
         layers += [nn.Sequential(stage) for stage in stages]
         if len(layers) > 1:  # the last stage takes what follows it; what is left of the model is the stem
             layers[-1].extend([] if stages else [module])
-            setattr(model, part, nn.Identity())
+            setattr(model, child, nn.Identity())
     return layers
 
 
@@ -304,7 +306,7 @@ class Encoder(nn.Module):
             return self.layers[: self.frozen](x)
 
     def trained_suffix(self, hidden):
-        """What frozen_prefix returns -> feature maps (B, 32, H', W') float32."""
+        """What frozen_prefix returns -> feature maps (B, C', H', W') or tokens (B, N, D), float32."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
             return self.layers[self.frozen :](hidden).float()
 
@@ -392,8 +394,8 @@ class Agent(nn.Module):
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
-    """Fills `encoder` from a .safetensors file, or with timm's own weights, and returns the file's metadata {str: str}.
-    Nothing in it is executed. Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    """Fills `encoder` from a .safetensors file, ours or timm's with its own head, or from timm's hub, and returns the
+    file's metadata {str: str}. Runs no code in it. Raises SystemExit where it is missing, damaged or another one's."""
     metadata, tensors = {}, {}
     try:
         if path != "timm":
@@ -407,7 +409,7 @@ def load_encoder(path, encoder):
                 raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # names the tensors that are wrong or missing
+    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors
         error = " ".join(str(error).split())
         raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
     return metadata
@@ -638,7 +640,7 @@ def critic_ssl_loss(agent, views, action, reward, discount, next_obs, std, args)
 
 
 def actor_loss(agent, maps, std, args):
-    """-Q of the policy's own actions at feature maps (B, 32, H', W')."""
+    """-Q of the policy's own actions at feature maps (B, ...) of the encoder."""
     mu = agent.actor(maps)
     action = truncated_normal(mu, std * torch.randn_like(mu), args.stddev_clip)
     return -torch.min(*agent.critic(maps, action)).mean()

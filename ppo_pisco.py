@@ -387,30 +387,32 @@ def impala_layers(channels):
 
 
 def timm_layers(name, channels, black, tensors=None):
-    """The stem, then each stage or block of timm's model timm:NAME, for images of any size, pixels black to black + 1.
-    Random weights, or those of a file's `tensors`, or timm's own where these are empty. Raises SystemExit."""
-    if not (name.startswith("timm:") and importlib.util.find_spec("timm")):
-        hint = "give one that --help names, or timm:NAME (pip install timm==1.0.31 torchvision==0.28.0)"
-        raise SystemExit(f"--encoder {name}: unknown; {hint}")
+    """The stem, then each stage or block of timm's ResNet, ConvNeXt, EfficientNet, RegNet or plain ViT timm:NAME, for
+    images of any size with pixels from `black` to black + 1. Random weights, or those of `tensors`, which a file of
+    timm's has, or its hub's where these are empty. Raises SystemExit where there is no timm or no such model."""
+    if not importlib.util.find_spec("timm"):
+        raise SystemExit(f"--encoder {name}: not of this file; pip install timm==1.0.31 torchvision==0.28.0 for timm's")
     try:
         import timm
     except RuntimeError:  # PyPI's torchvision beside a CPU build of torch: declare what it couldn't load
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float iou) -> Tensor")
         import timm
+    if not (name.startswith("timm:") and timm.is_model(name[5:])):
+        raise SystemExit(f"--encoder {name}: unknown; give one that --help names, or timm: and a model of timm's")
     sizes = {"dynamic_img_size": True, "dynamic_img_pad": True} if re.match("timm:(test_)?(vit|deit)", name) else {}
     model = timm.create_model(name[5:], tensors is not None, None, {"state_dict": tensors}, in_chans=channels, **sizes)
     model.reset_classifier(0, "")  # no pooling either, which would lose where things are
-    # The colours' means and deviations, in turns as timm repeats its filters, are statistics that never move
+    # The colours' means and deviations, in turns as timm repeats its filters (grey has red's), are never trained
     mean, std = (torch.tensor(model.pretrained_cfg[key]).repeat(channels)[:channels] for key in ("mean", "std"))
     layers = [nn.Sequential(nn.BatchNorm2d(channels, eps=0, affine=False), model)]
     layers[0][0].running_mean, layers[0][0].running_var = mean + black, std**2
-    for part, module in list(model.named_children()):
-        stages = module if part in ("stages", "blocks") else [module] if re.fullmatch(r"(layer|s)\d", part) else []
+    for child, module in list(model.named_children()):
+        stages = module if child in ("stages", "blocks") else [module] if re.fullmatch("(layer|s)[1-9]", child) else []
         layers += [nn.Sequential(stage) for stage in stages]
         if len(layers) > 1:  # the last stage takes what follows it; what is left of the model is the stem
             layers[-1].extend([] if stages else [module])
-            setattr(model, part, nn.Identity())
+            setattr(model, child, nn.Identity())
     return layers
 
 
@@ -420,9 +422,9 @@ class Encoder(nn.Module):
 
     def __init__(self, args, obs_shape):
         super().__init__()
-        own = {"nature": nature_layers, "impala": impala_layers}.get(args.encoder)
-        self.timm = None if own else partial(timm_layers, args.encoder, obs_shape[0], 0.0)
-        layers = own(obs_shape[0]) if own else self.timm()
+        make_layers = {"nature": nature_layers, "impala": impala_layers}.get(args.encoder)
+        self.timm = None if make_layers else partial(timm_layers, args.encoder, obs_shape[0], 0.0)
+        layers = make_layers(obs_shape[0]) if make_layers else self.timm()
         with torch.no_grad():
             flat = nn.Sequential(*layers).eval()(torch.zeros(1, *obs_shape)).numel()
         linear = layer_init(nn.Linear(flat, args.feature_dim))
@@ -493,8 +495,8 @@ class Agent(nn.Module):
 
 # --- Encoder weights -------------------------------------------------------------------------------------------------
 def load_encoder(path, encoder):
-    """Fills `encoder` from a .safetensors file, or with timm's own weights, and returns the file's metadata {str: str}.
-    Nothing in it is executed. Raises SystemExit where the file is missing, damaged, or of another encoder."""
+    """Fills `encoder` from a .safetensors file, ours or timm's with its own head, or from timm's hub, and returns the
+    file's metadata {str: str}. Runs no code in it. Raises SystemExit where it is missing, damaged or another one's."""
     metadata, tensors = {}, {}
     try:
         if path != "timm":
@@ -508,7 +510,7 @@ def load_encoder(path, encoder):
                 raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # names the tensors that are wrong or missing
+    except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors
         error = " ".join(str(error).split())
         raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
     return metadata
@@ -667,7 +669,7 @@ def collect_rollout(agent, envs, next_obs, args):
             "valid": torch.from_numpy(~was_done),  # (N,) bool: False where a step only reset its copy
         }
         if agent.encoder.frozen:  # computed once: all epochs start from it
-            step["hidden"] = hidden.movedim(1, -1)  # (N, H', W', C') or (N, D), float32 or bfloat16
+            step["hidden"] = hidden.movedim(1, -1)  # (N, H', W', C'), (N, D) or (N, D, tokens), float32 or bfloat16
         steps.append(step)
         next_obs = torch.from_numpy(obs).to(next_obs.device, memory_format=torch.channels_last, copy=True)
         episodes += envs.episodes

@@ -1,4 +1,4 @@
-"""The kept runs of a suite as arrays, and what they say of the predictions of suites.py, for plot.py and compare.py."""
+"""The kept runs of a suite as arrays, and what they say of the predictions of suites.py, for plot.py."""
 
 import functools
 import sys
@@ -42,7 +42,7 @@ class Scale(NamedTuple):
 
 
 SUCCESS = Scale("greedy_success", 2, 1, 0.1, "tasks solved (greedy)")
-UNSEEN = "greedy_unseen_success"
+UNSEEN_SUCCESS = "greedy_unseen_success"
 RETURN = Scale("greedy_return", 0, 1000, 0.05, "return (mean of the episodes)")  # the control suite's
 
 
@@ -51,8 +51,9 @@ def read_kept(suite):
     """{method: {seed: (row of runs.csv, evaluations)}} of the suite's kept runs, seeds by number."""
     runs, evaluations, found = read_runs(RESULTS / suite), read_evaluations(RESULTS / suite), {}
     for row in read_table(RESULTS / suite / "noise.csv"):  # measured at the end
-        scores = {f"noisy {key}": row[key] for key in (SUCCESS.column, UNSEEN)}
-        evaluations[row["method"], int(row["seed"])][-1].update(scores)
+        if (float(row["std"]), row["draws"]) == (STDS[-1], "5"):
+            scores = {f"noisy {key}": row[key] for key in (SUCCESS.column, UNSEEN_SUCCESS)}
+            evaluations[row["method"], int(row["seed"])][-1].update(scores)
     known = SUITES.get(Path(suite).name, {"methods": ()})["methods"]  # their order, and then the table's
     for method in dict.fromkeys([*known, *(method for method, _ in runs)]):
         if seeds := sorted(seed for name, seed in runs if name == method):
@@ -84,10 +85,12 @@ def read_suite(suite, column=None):
 
 
 def is_complete(suite):
-    """Whether all methods of a suite of suites.py have just the seeds that its protocol names: else nothing is judged.
-    One that is not there any more is as it is."""
+    """Whether all methods of a suite of suites.py have just the seeds that its protocol names, and noise.csv, where
+    there is one, has all of them: else nothing is judged. One that is not there any more is as it is."""
     kept, about = read_kept(suite), SUITES.get(suite, {"methods": ()})
-    n = about.get("n", 3)
+    n, ends = about.get("n", 3), [rows[-1] for runs in kept.values() for _, rows in runs.values()]
+    if len({f"noisy {SUCCESS.column}" in row for row in ends}) > 1:
+        return False
     return all(list(kept.get(name, ())) == seeds_of(suite, name, n) for name in about["methods"])
 
 
@@ -160,8 +163,8 @@ def judge_family(name):
         for seed in range(BOOTSTRAPS if any(p[0] in CELLS for p in predictions) else 1):
             found = judge(predictions, scores, seed)
             judged.setdefault(claim, found)
-            for p, *both, _ in found:
-                _, interval = both[name in AT_THE_END]
+            for p, mean, end, _ in found:
+                _, interval = end if name in AT_THE_END else mean
                 word = verdict(*interval, p[3], scale_of(p[0]).equal)
                 words[p] = word if words.get(p, word) == word else "inconclusive"
     return {claim: found for claim, found in judged.items() if found}, words

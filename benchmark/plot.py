@@ -25,7 +25,7 @@ from kept import (  # noqa: E402
     FEW,
     RESULTS,
     SUCCESS,
-    UNSEEN,
+    UNSEEN_SUCCESS,
     Runs,
     at_equal_minutes,
     is_complete,
@@ -207,8 +207,9 @@ def without_sources(suite):
 def write_unseen(suite="jump-unseen"):
     """What jump-unseen's policies do at the end on tasks trained and unseen, clean and under noise, as Markdown."""
     columns = {
-        "unseen": UNSEEN, "unseen, sampled": "sampled_unseen_success", "unseen, noise": f"noisy {UNSEEN}",
-        "trained": SUCCESS.column, "trained, noise": f"noisy {SUCCESS.column}", "loss's share": "ssl_grad_share",
+        "unseen": UNSEEN_SUCCESS, "unseen, sampled": "sampled_unseen_success",
+        "unseen, noise": f"noisy {UNSEEN_SUCCESS}", "trained": SUCCESS.column,
+        "trained, noise": f"noisy {SUCCESS.column}", "loss's share": "ssl_grad_share",
     }  # fmt: skip
     found = {title: over_cells(read_suite(suite, column)) for title, column in columns.items()}
     means = {title: {m: x.scores[..., -1].mean() for m, x in methods.items()} for title, methods in found.items()}
@@ -437,7 +438,7 @@ def main(argv=None):
         return 2
     for name in tables:
         suite = name.split(" ")[0]
-        if suite in CELLS and not is_complete(suite):
+        if not judge_family(name)[0] if name in FAMILIES else suite in CELLS and not is_complete(suite):
             print(f"{name}: not all runs yet\n")
             continue
         table = TABLES[name]()

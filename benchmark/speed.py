@@ -144,7 +144,7 @@ RATIOS = [  # the first one's steps per second over the second one's
 def main():
     args = tyro.cli(Args, description=__doc__)
     measured, memory, ratios = {"jump environment": jump_steps_per_second}, {}, list(RATIOS)
-    for name, (flags, share) in ((name, case) for name, case in CASES.items() if fnmatch(name, args.cases)):
+    for name, (flags, share) in CASES.items():
         steps = int(share * args.steps)
         measured[name] = lambda f=flags, s=steps, n=name: ours(f, s, memory, n)
         if args.before:
@@ -155,6 +155,8 @@ def main():
         measured["pong, peer"] = lambda: peer(args.peer, ATARI, args.steps)
         for name in ("pong, none, 0 frozen", "pong, none, 0 frozen, bf16"):
             ratios.append((name, "pong, peer", "speed-up over the peer"))
+    if not (measured := {name: function for name, function in measured.items() if fnmatch(name, args.cases)}):
+        raise SystemExit(f"--cases {args.cases}: no such name; give one of {', '.join(CASES)}, or a part of it and *")
     ratios = [ratio for ratio in ratios if {*ratio[:2]} <= measured.keys()]
     samples = take_samples({name: (function, "steps/s") for name, function in measured.items()}, args.repeats)
     units = dict.fromkeys(samples, "steps/s")

@@ -258,8 +258,16 @@ FAMILIES = {
         ]
     },
     "control": {"positive control": [("dmc-sparse", x, FROM_SCRATCH, 0.0) for x in (FINETUNED, "frozen")]},
+    "unseen": {
+        claim: [("jump-unseen", f"{x} + loss", x, 0.0) for x in methods]
+        for claim, methods in (
+            ("the loss solves tasks never trained", (FINETUNED, BOTTOM)),
+            ("secondary, uncorrected", (FROM_SCRATCH,)),
+        )
+    },
+    "18 tasks": {"the loss solves the other 268": [("jump-18", "loss", "no loss", 0.0)]},
 }
-AT_THE_END = ("unseen",)  # families judged by the last evaluation, others by the mean over the run
+AT_THE_END = ("unseen", "18 tasks")  # families judged by the last evaluation, others by the mean over the run
 IMPALA = [f"impala, {k} frozen" for k in (0, 4, 7, 10)]
 PANELS = {  # a suite's learning curves: {title: {label: method}}, or all methods in one panel
     "jump-cells": {
