@@ -8,7 +8,8 @@
 
 The programs take turns, so that a busy machine slows all of them alike; each number is the median of the
 repeats, each ratio the median of the repeats' ratios.
-The peer must take CleanRL's flags and print lines `SPS: n`; its environment may be another one than ours.
+The peer must take CleanRL's flags and print lines `SPS: n`; its environment may be another one than ours. MiniWorld
+needs the README's system packages.
 """
 
 import csv
