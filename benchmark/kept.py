@@ -105,10 +105,14 @@ def over_cells(results):
     }
 
 
+def split_of(cell):
+    """The split of a cell "SPLIT encoder SEED"."""
+    return cell.rsplit(" encoder ", 1)[0]
+
+
 def splits_of(suite):
-    """The split of each of the suite's cells "SPLIT encoder SEED", in the order of over_cells."""
-    cells = dict.fromkeys(name.split(", ", 1)[0] for name in read_kept(suite))
-    return [cell.rsplit(" encoder ", 1)[0] for cell in cells]
+    """The split of each of the suite's cells, in the order of over_cells."""
+    return [split_of(cell) for cell in dict.fromkeys(name.split(", ", 1)[0] for name in read_kept(suite))]
 
 
 def changes_under_noise():

@@ -35,6 +35,7 @@ from kept import (  # noqa: E402
     read_scores,
     read_suite,
     scale_of,
+    split_of,
     splits_of,
 )
 from stats import (  # noqa: E402
@@ -196,7 +197,7 @@ def without_sources(suite):
     shares = {}
     for name, kept in read_kept(suite).items():
         cell, method = name.split(", ", 1)
-        split = SPLITS[cell.rsplit(" encoder ", 1)[0]]  # tasks of the source, tasks of the target
+        split = SPLITS[split_of(cell)]  # tasks of the source, tasks of the target
         known = {f"{x}:{y}" for tasks in split for x, y in ppo_pisco.parse_jump_tasks(tasks)}
         for _, rows in kept.values():
             played = zip(rows[-1]["tasks"].split(), rows[-1]["greedy"])
