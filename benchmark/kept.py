@@ -11,7 +11,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from run import read_evaluations, read_runs, read_table  # noqa: E402
 from stats import compare, holm_levels, mean_until, score_at, verdict  # noqa: E402
-from suites import AT_THE_END, CELLS, FAMILIES, SCORES, STDS, SUITES, UNDER_NOISE, seeds_of  # noqa: E402
+from suites import (  # noqa: E402
+    AGAIN,
+    AT_THE_END,
+    BOTTOM,
+    CELLS,
+    FAMILIES,
+    FINETUNED,
+    MEASURED_ONCE,
+    SCORES,
+    STDS,
+    SUITES,
+    UNDER_NOISE,
+    seeds_of,
+)
 
 RESULTS = ROOT / "benchmark" / "results"
 BOOTSTRAPS = 10  # a verdict that differs between so many sets of samples is inconclusive
@@ -127,15 +140,36 @@ def changes_under_noise():
     return changes
 
 
+def at_equal_minutes(faster, slower):
+    """Scores (..., n, 2) of two methods' Runs at the moment at which half of a cell's runs of the faster one are done,
+    and the mean until then."""
+    limit = np.median(faster.minutes[..., -1], axis=-1)[..., None]  # (cells, 1) or (1,)
+    arms = [(runs.minutes, runs.scores, limit) for runs in (faster, slower)]
+    return [np.stack([score_at(*arm), mean_until(*arm)], -1) for arm in arms]
+
+
+def freezing_again(suite="jump-unseen"):
+    """{method and AGAIN: scores} of a frozen bottom and finetuning on the tasks that they train: at equal minutes, and
+    twice the one score under noise. Minutes are the median ones of all of a method's runs, as other work shared the
+    cores."""
+    arms = (BOTTOM, FINETUNED)
+    runs = [over_cells(read_suite(suite, SUCCESS.column))[arm] for arm in arms]
+    steady = [np.median(x.minutes[..., -1]) * x.steps / x.steps[-1] for x in runs]  # (E,) each
+    timed = [x._replace(minutes=np.broadcast_to(minutes, x.scores.shape)) for x, minutes in zip(runs, steady)]
+    noisy = over_cells(read_suite(suite, f"noisy {SUCCESS.column}"))
+    pairs = zip(AGAIN, (at_equal_minutes(*timed), [noisy[arm].both for arm in arms]))
+    return {arm + name: scores for name, pair in pairs for arm, scores in zip(arms, pair)}
+
+
 def read_scores(suite):
     """{method: scores of Runs.both, as shares of the highest} of the kept runs; none of an incomplete suite."""
     if not read_kept(suite) or not is_complete(suite):
         return {}
     results = over_cells(read_suite(suite)) if suite in CELLS else read_suite(suite)
     scores = {method: runs.both / scale_of(suite).highest for method, runs in results.items()}
-    if suite != "jump-noise":
-        return scores
-    return {f"{method}, fresh head": both for method, both in scores.items()} | changes_under_noise()
+    if suite == "jump-noise":
+        return {f"{method}, fresh head": both for method, both in scores.items()} | changes_under_noise()
+    return scores | (freezing_again() if suite == "jump-unseen" else {})
 
 
 # --- Verdicts --------------------------------------------------------------------------------------------------------
@@ -143,13 +177,13 @@ def judge(predictions, scores, seed=0):
     """Gains of a claim's predictions [(suite, method, other, margin)] that have runs enough, under Holm's correction:
     [(prediction, (mean over the run, interval), (at the end, interval) or None, (runs, the other's runs, cells))].
 
-    scores {suite: {method: (n, 2) or (cells, n, 2)}} are those of read_scores; under noise there is no end.
+    scores {suite: {method: (n, 2) or (cells, n, 2)}} are those of read_scores; what is MEASURED_ONCE has no end.
     """
     pairs = [(p, *(scores[p[0]].get(method, np.empty((0, 2))) for method in p[1:3])) for p in predictions]
     pairs = [(p, a, b) for p, a, b in pairs if min(a.size, b.size) >= 2 * FEW]
     gains = []
     for column in (1, 0):
-        asked = [(p, a, b) for p, a, b in pairs if column or not p[1].endswith(UNDER_NOISE)]
+        asked = [(p, a, b) for p, a, b in pairs if column or not p[1].endswith(MEASURED_ONCE)]
         tests = {p: compare(a[..., column], b[..., column], p[3], seed) for p, a, b in asked}
         levels = holm_levels([pvalue for pvalue, _ in tests.values()])
         gains.append({p: interval(1 - level) for (p, (_, interval)), level in zip(tests.items(), levels)})
@@ -172,11 +206,3 @@ def judge_family(name):
                 word = verdict(*interval, p[3], scale_of(p[0]).equal)
                 words[p] = word if words.get(p, word) == word else "inconclusive"
     return {claim: found for claim, found in judged.items() if found}, words
-
-
-def at_equal_minutes(faster, slower):
-    """Scores (..., n, 2) of two methods' Runs at the moment at which half of a cell's runs of the faster one are done,
-    and the mean until then."""
-    limit = np.median(faster.minutes[..., -1], axis=-1)[..., None]  # (cells, 1) or (1,)
-    arms = [(runs.minutes, runs.scores, limit) for runs in (faster, slower)]
-    return [np.stack([score_at(*arm), mean_until(*arm)], -1) for arm in arms]

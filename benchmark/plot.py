@@ -21,7 +21,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 from kept import (  # noqa: E402
-    BOOTSTRAPS,
     FEW,
     RESULTS,
     SUCCESS,
@@ -220,25 +219,6 @@ def write_unseen(suite="jump-unseen"):
     return markdown(["method", *means], rows)
 
 
-def write_freezing_again(suite="jump-unseen"):
-    """Does a frozen bottom gain over finetuned, at equal minutes and under noise? Under Holm's correction."""
-    arms, scores = ("frozen bottom", "finetuned"), {}
-    runs = [over_cells(read_suite(suite, SUCCESS.column))[arm] for arm in arms]
-    steady = [np.median(x.minutes[..., -1]) * x.steps / x.steps[-1] for x in runs]  # (E,): other work shared the cores
-    timed = [x._replace(minutes=np.broadcast_to(minutes, x.scores.shape)) for x, minutes in zip(runs, steady)]
-    scores["equal minutes, mean until then"] = [both[..., 1] for both in at_equal_minutes(*timed)]
-    noisy = over_cells(read_suite(suite, f"noisy {SUCCESS.column}"))
-    scores["noise of 64 grey levels"] = [noisy[arm].scores[..., -1] for arm in arms]
-    tests, rows = [[compare(*pair, seed=seed) for pair in scores.values()] for seed in range(BOOTSTRAPS)], []
-    levels = [holm_levels([pvalue for pvalue, _ in found]) for found in tests]
-    for i, (name, pair) in enumerate(scores.items()):
-        gains = [found[i][1](1 - level[i]) for found, level in zip(tests, levels)]
-        words = {verdict(*interval, 0.0, SUCCESS.equal) for _, interval in gains}
-        word = words.pop() if len(words) == 1 else "inconclusive"
-        rows.append([name, word, with_interval(*gains[0], 2, "+"), *(f"{x.mean():.2f}" for x in pair)])
-    return markdown(["trained tasks", "", "gain of freezing", *arms], rows)
-
-
 def prediction_text(prediction):
     _, better, worse, margin = prediction
     return f"{better} > {worse}" + (f" - {margin:.2f}" if margin else "")
@@ -409,7 +389,7 @@ TABLES = {  # the mark on a page: what writes the table; one without a mark is p
     **{suite: functools.partial(table_of(suite), suite) for suite in KEPT},
     **{family: functools.partial(write_verdicts, family) for family in FAMILIES},
     "exploratory": write_exploratory, "noise": write_noise_table, "freezing": write_freezing, "speed": write_speeds,
-    "jump-unseen scores": write_unseen, "jump-unseen freezing": write_freezing_again,
+    "jump-unseen scores": write_unseen,
 }  # fmt: skip
 FIGURES = {  # the file: what draws it
     **{name: functools.partial(draw_grid, panels=panels) for name, panels in GRIDS.items()},

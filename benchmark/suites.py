@@ -226,7 +226,9 @@ FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "froze
 FROM_SCRATCH, FROZEN, FINETUNED, BOTTOM, RECIPE = FIVE
 LOSSES = [f"{BOTTOM} + {loss}" for loss in ("SimSiam", "CURL", "PiSCO without projector")]
 STDS = (0, 2, 4, 8, 16, 32, 64)  # of jump-noise, in grey levels of 255
-UNDER_NOISE = (", change under noise", ", relative change")  # one measurement a run, not a curve
+UNDER_NOISE = (", change under noise", ", relative change")  # of jump-noise
+AGAIN = (", equal minutes", ", noise")  # of jump-unseen, on the trained tasks
+MEASURED_ONCE = (*UNDER_NOISE, AGAIN[1])  # one score a run, not a curve
 CLAIMS = (
     "1. finetuning is needed",
     "2. finetuned features: easier to learn from, more robust",
@@ -265,6 +267,7 @@ FAMILIES = {
             ("secondary, uncorrected", (FROM_SCRATCH,)),
         )
     },
+    "freezing again": {"freezing the bottom gains": [("jump-unseen", BOTTOM + x, FINETUNED + x, 0.0) for x in AGAIN]},
     "18 tasks": {"the loss solves the other 268": [("jump-18", "loss", "no loss", 0.0)]},
 }
 AT_THE_END = ("unseen", "18 tasks")  # families judged by the last evaluation, others by the mean over the run

@@ -215,6 +215,7 @@ def test_claims_and_curves_name_methods_of_the_kept_results(monkeypatch):
     claims, suites = plot.FAMILIES.values(), sys.modules["suites"].SUITES
     for suite, *pair, _ in (p for found in claims for predictions in found.values() for p in predictions):
         planned = {name.split(", ", 1)[1] for name in suites[suite]["methods"]} if suite in PLANNED else set()
+        planned |= {name + x for name in planned for x in sys.modules["suites"].AGAIN}
         assert {*pair} <= planned | plot.read_scores(suite).keys() and pair[0] != pair[1]
         assert (plot.RESULTS / suite / "PROTOCOL.md").exists()
     assert set(plot.AT_THE_END) <= plot.FAMILIES.keys()
@@ -466,7 +467,7 @@ def test_unseen_tasks_by_hand(plot, tmp_path):
     assert not plot.is_complete("u")  # without the noise of one run
 
 
-def test_freezing_at_equal_minutes_and_under_noise_by_hand(plot, tmp_path):
+def test_freezing_at_equal_minutes_and_under_noise_by_hand(kept, plot, tmp_path):
     """The frozen bottom takes two minutes, 0.5 in the second one; the other method's median run takes three, with 0.5
     from a minute and a half on. Under noise the frozen bottom solves 0.5 and, in the second cell, 0.25."""
     for i, cell in enumerate(CELLS_OF_UNSEEN):
@@ -474,10 +475,11 @@ def test_freezing_at_equal_minutes_and_under_noise_by_hand(plot, tmp_path):
             noisy, slow = (0.5 - 0.25 * i, 0), (4.5, 9) if i and seed == 2 else (1.5, 3)  # a slow one, to be ignored
             put_unseen(tmp_path / "u", cell, "frozen bottom", seed, (0.5, 1.0), (0, 0), noisy, "00000", (1, 2))
             put_unseen(tmp_path / "u", cell, "finetuned", seed, (0.5, 1.0), (0, 0), (0.0, 0), "00000", slow)
-    minutes, noise = (row.strip("| ").split(" | ") for row in plot.write_freezing_again("u").splitlines()[2:])
-    assert minutes[0] == "equal minutes, mean until then" and minutes[3:] == ["0.25", "0.12"]
-    assert minutes[1:3] == ["inconclusive", "+0.12 [?, ?]"]  # all gains are the same: there is no test
-    assert noise[0] == "noise of 64 grey levels" and noise[3:] == ["0.38", "0.00"] and noise[2].startswith("+0.38 [")
+    scores = kept.freezing_again("u")
+    ours, others = (scores[f"{arm}, equal minutes"] for arm in ("frozen bottom", "finetuned"))  # (2 cells, 2 seeds, 2)
+    assert ours.tolist() == [[[1.0, 0.25]] * 2] * 2 and others.tolist() == [[[0.5, 0.125]] * 2] * 2
+    assert scores["frozen bottom, noise"].tolist() == [[[0.5, 0.5]] * 2, [[0.25, 0.25]] * 2]
+    assert scores["finetuned, noise"].tolist() == [[[0.0, 0.0]] * 2] * 2
 
 
 def test_own_rates_of_the_kept_comparisons_are_those_that_their_protocol_chooses(monkeypatch):
