@@ -1,0 +1,23 @@
+"""PPO on augmented images, a baseline without a self-supervised loss: ppo_pisco.py with an augmentation before RL.
+
+    python benchmark/augmented.py --ssl none    # all flags are those of ppo_pisco.py; nothing may be frozen
+
+The policy acts on clean images, and the probabilities that it had then are those of PPO's ratio; every minibatch of
+training is augmented anew (RAD in Raileanu et al. 2021, "Automatic Data Augmentation for Generalization in RL").
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ppo_pisco  # noqa: E402
+
+
+def augmented_loss(agent, obs, hidden, *batch, of=ppo_pisco.minibatch_loss):
+    """ppo_pisco.minibatch_loss of augmented observations; its arguments, the last one of which is args."""
+    return of(agent, ppo_pisco.augment(obs, batch[-1]), hidden, *batch)
+
+
+if __name__ == "__main__":
+    ppo_pisco.minibatch_loss = augmented_loss
+    ppo_pisco.train(ppo_pisco.parse_args(), script=__file__)
