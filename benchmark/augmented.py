@@ -19,5 +19,8 @@ def augmented_loss(agent, obs, hidden, *batch, of=ppo_pisco.minibatch_loss):
 
 
 if __name__ == "__main__":
+    args = ppo_pisco.parse_args()
+    if args.freeze_layers:
+        raise SystemExit("--freeze-layers: what frozen layers make of clean images is kept; leave it at 0 here")
     ppo_pisco.minibatch_loss = augmented_loss
-    ppo_pisco.train(ppo_pisco.parse_args(), script=__file__)
+    ppo_pisco.train(args, script=__file__)

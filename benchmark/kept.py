@@ -206,3 +206,15 @@ def judge_family(name):
                 word = verdict(*interval, p[3], scale_of(p[0]).equal)
                 words[p] = word if words.get(p, word) == word else "inconclusive"
     return {claim: found for claim, found in judged.items() if found}, words
+
+
+def hinges_on(gains, splits, margin):
+    """The splits without which the uncorrected interval of gains (cells, n), whose cells are of these `splits`, changes
+    between above, around and below -margin."""
+
+    def side(keep):
+        _, (low, high) = compare(gains[keep], np.zeros_like(gains[keep]))[1]()
+        return int(low > -margin) - int(high < -margin)
+
+    of_cell = np.array(splits)
+    return [split for split in dict.fromkeys(splits) if side(of_cell != split) != side(of_cell == of_cell)]

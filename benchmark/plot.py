@@ -27,6 +27,7 @@ from kept import (  # noqa: E402
     UNSEEN_SUCCESS,
     Runs,
     at_equal_minutes,
+    hinges_on,
     is_complete,
     judge_family,
     over_cells,
@@ -48,7 +49,7 @@ from stats import (  # noqa: E402
     verdict,
     welch,
 )
-from suites import AT_THE_END, CELLS, FAMILIES, GRIDS, PANELS, SPLITS, STDS  # noqa: E402
+from suites import AT_THE_END, CELLS, FAMILIES, GRIDS, PANELS, SPLITS, STDS, UNSEEN  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
@@ -94,31 +95,32 @@ def minutes_of(suite, method):
 
 
 def write_table(suite):
-    """A suite's methods, in comparison with the first one, as Markdown."""
+    """A suite's methods as Markdown."""
     results, digits, rows = read_suite(suite), scale_of(suite).digits, []
-    first, *_ = results
     for method, runs in results.items():
         each = " ".join(f"{score:.{digits}f}" for score in runs.scores[:, -1])
-        better = better_than(runs, results[first])
         both = scores_text(runs.both, digits)
-        rows.append([method, str(len(runs.seeds)), *both, better, each, minutes_of(suite, method)])
-    names = ["method", "n", "at the end", "mean over the run", f"P(better than {first})", "each seed", "minutes"]
-    return markdown(names, rows)
+        rows.append([method, str(len(runs.seeds)), *both, each, minutes_of(suite, method)])
+    return markdown(["method", "n", "at the end", "mean over the run", "each seed, at the end", "minutes"], rows)
 
 
 def write_cells_table(suite):
-    """A suite over cells as Markdown: both scores' means with intervals, and the mean over the run in every split."""
-    splits, rows = splits_of(suite), []
+    """A suite over cells as Markdown: both scores' means with intervals, and the one that is judged in every split; of
+    UNSEEN tasks, which are judged at the end, beside the trained ones."""
+    splits, rows, unseen = splits_of(suite), [], suite in UNSEEN
     names = list(dict.fromkeys(splits))
+    trained = over_cells(read_suite(suite, SUCCESS.column)) if unseen else {}
     for method, runs in over_cells(read_suite(suite)).items():
         tails = np.quantile(resample(runs.both), [0.025, 0.975], axis=0).T  # (2 scores, 2)
         both = [with_interval(point, tail, 2) for point, tail in zip(runs.both.mean((0, 1)), tails)]
         if runs.both[..., 0].size < FEW:
             both = [f"{point:.2f}" for point in runs.both.mean((0, 1))]
-        means = runs.both[..., 1].mean(1)  # (cells,)
+        means = runs.both[..., 0 if unseen else 1].mean(1)  # (cells,)
         each = [f"{np.mean([m for m, s in zip(means, splits) if s == split]):.2f}" for split in names]
+        each += [f"{trained[method].scores[..., -1].mean():.2f}"] if unseen else []
         rows.append([method, str(runs.both[..., 0].size), *both, *each])
-    return markdown(["method", "n", "at the end", "mean over the run", *names], rows)
+    columns = [f"{name}, at the end" for name in names] + ["trained tasks, at the end"] if unseen else names
+    return markdown(["method", "n", "at the end", "mean over the run", *columns], rows)
 
 
 def best_rate(found):
@@ -209,7 +211,7 @@ def write_unseen(suite="jump-unseen"):
     columns = {
         "unseen": UNSEEN_SUCCESS, "unseen, sampled": "sampled_unseen_success",
         "unseen, noise": f"noisy {UNSEEN_SUCCESS}", "trained": SUCCESS.column,
-        "trained, noise": f"noisy {SUCCESS.column}", "loss's share": "ssl_grad_share",
+        "trained, noise": f"noisy {SUCCESS.column}", "loss's gradient over RL's": "ssl_grad_share",
     }  # fmt: skip
     found = {title: over_cells(read_suite(suite, column)) for title, column in columns.items()}
     means = {title: {m: x.scores[..., -1].mean() for m, x in methods.items()} for title, methods in found.items()}
@@ -228,21 +230,22 @@ def write_verdicts(family):
     """A family's predictions and what the kept runs say of them, as Markdown; over splits with each one's gain in the
     judged score."""
     judged, words = judge_family(family)
-    suites = {p[0] for found in judged.values() for p, *_ in found}
+    suites, score = {p[0] for found in judged.values() for p, *_ in found}, 0 if family in AT_THE_END else 1
+    scores = {suite: read_scores(suite) for suite in suites}
     splits, rows = list(dict.fromkeys(split for suite in suites & {*CELLS} for split in splits_of(suite))), []
     for claim, found in judged.items():
         for p, mean, end, counts in found:
             both = [with_interval(*gain, 2, "+") if gain else "-" for gain in (mean, end)]
             each = []
             if splits:
-                score = 0 if family in AT_THE_END else 1
-                gains = np.subtract(*(read_scores(p[0])[name][..., score].mean(1) for name in p[1:3]))  # (cells,)
-                each = [f"{gains[np.array(splits_of(p[0])) == split].mean():+.2f}" for split in splits]
+                gains, of_cell = np.subtract(*(scores[p[0]][name][..., score] for name in p[1:3])), splits_of(p[0])
+                each = [f"{gains[np.array(of_cell) == split].mean():+.2f}" for split in splits]
+                each = [", ".join(hinges_on(gains, of_cell, p[3])) or "-", *each]
             runs = [f"{counts[0]}, {counts[1]}", str(counts[2])]
             rows.append([claim, prediction_text(p), words[p], *both, *runs, *each])
             claim = ""
     names = ["claim", "prediction", "verdict", "gain, mean over the run", "gain, at the end", "runs", "cells"]
-    return markdown([*names, *splits], rows)
+    return markdown([*names, *(["hinges on", *splits] if splits else [])], rows)
 
 
 def write_speeds():

@@ -53,9 +53,6 @@ ENCODER_SEEDS = (2, 3)
 JUMP_SOURCE = (
     f"ppo_pisco.py {SCRATCH} --ssl none --total-timesteps 300000 --anneal-lr --ent-coef 0.003 --eval-interval 30720"
 )
-# Learning rates are chosen on the seven obstacles of source and target on a floor of neither.
-RATES = ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
-VALIDATION = join((obstacle, 26) for obstacle in range(20, 45, 4))
 # Pairs of source and target tasks. Two frozen layers have a stride of 8 pixels: only where target tasks are source
 # tasks moved by multiples of 8, in the first two, do they see a target task as they saw a source task, elsewhere.
 CHECKERS_8 = [(x, y) for x in range(20, 45, 8) for y in (2, 10, 18)]
@@ -76,13 +73,6 @@ def with_encoder(methods, encoder):
     return {
         m: flags if "--encoder-weights none" in flags else f"{flags} --encoder-weights {encoder}"
         for m, flags in methods.items()
-    }
-
-
-def over_rates(methods, rates=RATES, tasks=VALIDATION):
-    """The methods with every learning rate on validation tasks: {"METHOD, RATE": flags}."""
-    return {
-        f"{m}, {r}": f"{flags} --jump-tasks {tasks} --learning-rate {r}" for m, flags in methods.items() for r in rates
     }
 
 
@@ -111,7 +101,9 @@ def with_loss(loss, projector="none", coef="1", fraction="0.5", rate="1e-3"):
 
 SETTINGS = {f"{p}, weight {c}": with_loss("pisco", p, c) for p, c in (
     ("none", "1"), ("residual", "1"), ("none", "3"), ("residual", "3"), ("none", "0.3"), ("mlp", "1"),
-)} | {f"none, weight {c}, whole minibatch": with_loss("pisco", coef=c, fraction="1") for c in ("1", "3")}  # fmt: skip
+)} | {f"{p}, weight {c}, whole minibatch": with_loss("pisco", p, c, "1") for p, c in (
+    ("none", "1"), ("none", "3"), ("residual", "3"),
+)}  # fmt: skip
 RATES_OF_TWO = {f"no loss, rate {r}": f"--ssl none --learning-rate {r}" for r in ("3e-4", "1e-3", "3e-3")} | {
     f"none, weight 3, whole minibatch, rate {r}": with_loss("pisco", coef="3", fraction="1", rate=r)
     for r in ("3e-4", "3e-3")
@@ -120,7 +112,7 @@ OTHER_LOSSES = {f"{kind}, weight {c}": with_loss(kind, "mlp", c, "1") for kind i
     "0.1", "0.3", "1", "3",
 )}  # fmt: skip
 FOR_SCRATCH = [f"{x}, weight {c}" for x, c in (("none", "1"), ("residual", "1"), ("none", "3"))]
-FOR_SCRATCH += [*(f"none, weight {c}, whole minibatch" for c in ("1", "3")), *RATES_OF_TWO]
+FOR_SCRATCH += [*(name for name in SETTINGS if "whole" in name), *RATES_OF_TWO]
 
 WITH_AND_WITHOUT = {  # each with the rate that jump-settings has chosen for it, the same at all depths
     f"{depth}{name}": f"{DEPTHS[depth]} {flags}"

@@ -19,13 +19,15 @@ def test_the_loss_sees_augmented_images_and_all_else_as_it_is(monkeypatch):
     assert torch.equal(images, ppo_pisco.random_noise(obs)) and not torch.equal(images, obs)
 
 
-def test_as_a_program_it_trains_otherwise_from_the_same_first_rollout(tmp_path):
-    flags = "--ssl none --total-timesteps 256 --checkpoint-interval 1"
-    clean = train(tmp_path / "clean", flags)
-    subprocess.run(
-        [sys.executable, ROOT / "benchmark" / "augmented.py", *command(tmp_path / "augmented", flags)], check=True
-    )
+def test_as_a_program_it_acts_on_clean_images_and_trains_on_others(tmp_path):
+    """Its first rollout is that of the clean run, its losses are those of other images."""
+    flags = "--ssl none --freeze-layers 0 --num-steps 64 --total-timesteps 256"
+    clean, program = train(tmp_path / "clean", flags), [sys.executable, ROOT / "benchmark" / "augmented.py"]
+    subprocess.run([*program, *command(tmp_path / "augmented", flags)], check=True)
     (folder,) = (tmp_path / "augmented").iterdir()
-    first, other = metrics(folder)[0], metrics(clean)[0]
-    assert first["global_step"] == other["global_step"]
-    assert first["losses/policy_loss"] != other["losses/policy_loss"]
+    (row,), (other,) = metrics(folder), metrics(clean)
+    assert row["charts/episodic_return"] == other["charts/episodic_return"] and float(row["charts/episodic_return"]) > 0
+    assert row["losses/entropy"] != other["losses/entropy"]
+    frozen = command(tmp_path / "frozen", "--freeze-layers 2")
+    refused = subprocess.run([*program, *frozen], capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr.startswith("--freeze-layers: ")

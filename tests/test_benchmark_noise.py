@@ -31,8 +31,12 @@ def test_without_noise_it_is_the_evaluations(noise):
 def test_noise_reaches_the_policy_and_its_draws_differ(noise, monkeypatch):
     seen, real = [], noise.ppo_pisco.Agent.forward
     monkeypatch.setattr(noise.ppo_pisco.Agent, "forward", lambda self, obs: seen.append(obs) or real(self, obs))
-    first = noise.success_under_noise(noise.folder, 64.0, 1)
-    assert first == noise.success_under_noise(noise.folder, 64.0, 1)  # the same every time
+    first = noise.success_under_noise(noise.folder, 64.0, 2)
+    steps = len(seen)
+    assert first == noise.success_under_noise(noise.folder, 64.0, 2)  # the same every time
+    assert all(a.equal(b) for a, b in zip(seen[:steps], seen[steps:], strict=True))
+    starts = [obs for obs in seen[:steps] if len(obs) == 5]  # both draws begin with all five tasks
+    assert len({obs[0].float().sum().item() for obs in starts}) == len(starts) > 2
     clean = noise.ppo_pisco.JumpVectorEnv(5, [(20, 10), (30, 20), (14, 5), (20, 5), (45, 20)])
     obs, _ = clean.reset(options={"task_ids": range(5)})
     difference = seen[0].float().numpy() - obs

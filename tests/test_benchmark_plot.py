@@ -314,6 +314,7 @@ def test_a_family_may_be_judged_by_the_end(kept, monkeypatch):
 def test_verdicts_table_has_every_splits_gain(plot, monkeypatch):
     monkeypatch.setattr(plot, "CELLS", ("cells",))
     monkeypatch.setattr(plot, "splits_of", lambda suite: ["x", "x", "y"])
+    monkeypatch.setattr(plot, "hinges_on", lambda gains, splits, margin: ["x", "y"] if margin else [])
     gains = np.array([0.5, 0.25, -0.25])[:, None, None] * np.ones((3, 2, 2))
     monkeypatch.setattr(plot, "read_scores", lambda suite: {"one": gains, "two": 0 * gains})
     first, second = ("cells", "one", "two", 0.0), ("cells", "one", "two", 0.1)
@@ -322,10 +323,10 @@ def test_verdicts_table_has_every_splits_gain(plot, monkeypatch):
     words = {first: "supported", second: "inconclusive"}
     monkeypatch.setattr(plot, "judge_family", lambda family: (judged, words))
     head, _, *rows = plot.write_verdicts("family").splitlines()
-    assert head.endswith("| runs | cells | x | y |")
+    assert head.endswith("| runs | cells | hinges on | x | y |")
     assert rows == [
-        "| a claim | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [?, ?] | 6, 6 | 3 | +0.38 | -0.25 |",
-        "|  | one > two - 0.10 | inconclusive | -0.25 [-0.50, +0.00] | - | 6, 6 | 3 | +0.38 | -0.25 |",
+        "| a claim | one > two | supported | +0.25 [+0.12, +0.38] | +0.50 [?, ?] | 6, 6 | 3 | - | +0.38 | -0.25 |",
+        "|  | one > two - 0.10 | inconclusive | -0.25 [-0.50, +0.00] | - | 6, 6 | 3 | x, y | +0.38 | -0.25 |",
     ]
     monkeypatch.setattr(plot, "AT_THE_END", ("family",))
     gains[:, :, 0] *= 2
@@ -343,7 +344,7 @@ def test_verdicts_table_has_every_splits_gain(plot, monkeypatch):
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
 def test_few_runs_have_no_interval(plot):
-    row = "| one method | 2 | 0.75 | 0.62 | - | 0.50 1.00 | 1.0 |"  # the resumed run's six seconds do not count
+    row = "| one method | 2 | 0.75 | 0.62 | 0.50 1.00 | 1.0 |"  # the resumed run's six seconds do not count
     assert plot.write_table("tiny").endswith(row)
     assert plot.scores_text(np.array([[0.5], [1.0]] * 3), 2) == ["0.75 [0.50, 1.00]"]
 
@@ -363,6 +364,10 @@ def test_cells_have_both_scores_and_every_splits_own(plot, tmp_path, monkeypatch
         "| a | 8 | 0.25 [0.00, 0.00] | 0.25 [0.50, 0.50] | 0.25 | 0.25 |",
         "| b | 8 | 0.56 [0.00, 0.00] | 0.62 [0.50, 0.50] | 0.75 | 0.50 |",
     ]
+    monkeypatch.setattr(plot, "UNSEEN", ("cells",))  # judged at the end
+    head, _, _, row = plot.write_cells_table("cells").splitlines()
+    assert head.endswith("| mean over the run | one, at the end | two, at the end | trained tasks, at the end |")
+    assert row.endswith(" | 0.75 | 0.38 | 0.56 |")
 
 
 def test_rates_table_has_a_row_per_method(plot, tmp_path):
@@ -404,6 +409,18 @@ def test_freezings_gain_for_the_large_encoder_by_hand(plot, tmp_path):
     a, b, c, d = (np.array([np.mean(run) for run in runs]) for runs in scores.values())
     assert step[2] == plot.with_interval(*plot.difference([a, d], [b, c], 1 - 0.05 / 2), 2, "+")
     assert step[1] == "supported"
+
+
+def test_verdicts_hinge_on_splits_by_hand(kept):
+    """Two cells a split; with all three the gain is clear, and without the one of the steady cells it is not."""
+    gains = np.array([[0.5, 0.5], [0.5, 0.5], [0.5, 0.4], [0.4, 0.5], [0.0, 1.2], [1.2, 0.0]])
+    splits = ["a", "a", "b", "b", "c", "c"]
+    low = kept.compare(gains, 0 * gains)[1]()[1][0]
+    assert low > 0 and kept.hinges_on(gains, splits, 0.0) == []
+    gains[4:] -= 0.5  # c's mean is 0.1
+    assert kept.compare(gains, 0 * gains)[1]()[1][0] > 0 > kept.compare(gains[2:], 0 * gains[2:])[1]()[1][0]
+    assert "a" in kept.hinges_on(gains, splits, 0.0)
+    assert kept.hinges_on(gains, splits, 5.0) == []  # far above
 
 
 def test_changes_under_noise_by_hand(plot, tmp_path, monkeypatch):
@@ -454,7 +471,8 @@ def test_unseen_tasks_by_hand(plot, tmp_path):
     assert plot.is_complete("u")
     head, _, *rows = plot.write_unseen("u").splitlines()
     assert head == (
-        "| method | unseen | unseen, sampled | unseen, noise | trained | trained, noise | loss's share | "
+        "| method | unseen | unseen, sampled | unseen, noise | trained | trained, noise | "
+        "loss's gradient over RL's | "
         "unseen, without the encoder's | trained, mean over the run |"
     )
     assert rows == [
@@ -489,6 +507,21 @@ def test_own_rates_of_the_kept_comparisons_are_those_that_their_protocol_chooses
     for suite in ("jump-rates", "jump-loss-rates"):
         best |= {method: plot.best_rate(found) for method, found in plot.by_rate(plot.read_suite(suite)).items()}
     for name, runs in plot.read_kept("jump-cells").items():
+        for row, _ in runs.values():
+            assert f"--learning-rate {best[name.split(', ', 1)[1]]} " in row["command"]
+
+
+def test_rates_of_unseen_tasks_are_those_of_their_own_floors(monkeypatch):
+    """Every run of jump-unseen has the rate that its loss, or none, prefers at its depth in jump-settings."""
+    plot, best = load("plot", monkeypatch), {}
+    rates, chosen = ("3e-4", "1e-3", "3e-3"), "none, weight 3, whole minibatch"
+    results = plot.read_suite("jump-settings", "greedy_success")
+    for depth in ("frozen bottom", "finetuned", "from scratch"):
+        for loss, name in (("", "no loss, rate {}"), (" + loss", chosen + ", rate {}")):
+            names = {rate: f"{depth}, {name.format(rate)}" for rate in rates}
+            found = {rate: results.get(x, results[f"{depth}, {chosen}"]) for rate, x in names.items()}  # its 1e-3
+            best[depth + loss] = plot.best_rate(found)
+    for name, runs in plot.read_kept("jump-unseen").items():
         for row, _ in runs.values():
             assert f"--learning-rate {best[name.split(', ', 1)[1]]} " in row["command"]
 
