@@ -178,22 +178,22 @@ def summarise(folder, arms, rates):
     sentences = [f"Score: {scale.name}. Best in the mean over the run: {best}."]
     if others:
         other = reference if best != reference else others[0]
-        sentences.append(certainty(best, other, means[best], means[other], scale.digits))
+        sentences.append(certainty(best, other, means[best], means[other], scale.digits, len(others)))
     return f"{table}\n\n{' '.join(sentences)}", best
 
 
-def certainty(best, other, ours, others, digits):
-    """A sentence on what so many runs can and can't tell."""
+def certainty(best, other, ours, others, digits, count):
+    """A sentence on what so many runs can tell of the best arm: Bonferroni's interval, as it is one of `count` + 1."""
     n, gain = min(len(ours), len(others)), float(ours.mean() - others.mean())
     if n < plot.FEW:
         text = f"{best} less {other} is {gain:+.{digits}f}; with {n} runs an arm that is a point, not a finding."
     else:
-        _, (low, high) = stats.difference([ours], [others])
+        _, (low, high) = stats.difference([ours], [others], 1 - 0.05 / count)
         word = "stands out" if low > 0 else "can't be told from chance"
         text = f"{best} less {other} is {plot.with_interval(gain, (low, high), digits, '+')} and {word}: "
         text += f"{n} runs an arm tell differences of about {(high - low) / 2:.{digits}f}."
     needed = stats.runs_needed(gain, ours, others) if n > 1 else None
-    return text + (f" To be sure of this one it takes about {needed} runs an arm." if needed else "")
+    return text + (f" To show this one with a chance of 80% takes about {needed} runs an arm." if needed else "")
 
 
 def prepare(args, flags):
@@ -213,7 +213,7 @@ def compare(args, flags):
     module, arms, words = prepare(args, flags)
     program, rates = f"{module.__name__}.py", list(next(iter(words.values())))
     name = re.sub(r"[^\w.-]+", "-", next(iter(arms.values()))["--env-id"])
-    name += "-" + hashlib.sha256(repr((program, words)).encode()).hexdigest()[:8]
+    name += "-" + hashlib.sha256(Path(module.__file__).read_bytes() + repr(words).encode()).hexdigest()[:8]
     folder, chosen = args.results / name, dict.fromkeys(arms, rates[0])
     trials = {f"{arm}, {r}": line for arm, found in words.items() for r, line in found.items() if len(rates) > 1}
     trials = make_runs(f"{name}-rates", program, trials, 1001, args.rate_seeds)  # the comparison's seeds are 1, 2, ...

@@ -26,6 +26,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -220,13 +221,13 @@ def is_finished(run, results):
     return row is not None
 
 
-def share(run, results, cpus):
-    """Copies the results of another suite's run of the same command on as many cores, if there are any in the folder
-    `results`. Returns whether there were. Suites that are not in suites.py any more may be of other defaults."""
-    for table in sorted(results.glob("*/runs.csv")):
+def share(run, results, cpus, commit):
+    """Copies the results of another suite's run of the same command, commit and number of cores, if there are any in
+    the folder `results`. Returns whether there were."""
+    for table in sorted(results.glob("*/runs.csv")) if re.fullmatch("[0-9a-f]+", commit) else ():  # unchanged
         suite = table.parent.name
-        for (method, seed), row in read_runs(table.parent).items() if suite in SUITES or results != RESULTS else ():
-            if row["command"] == run.command and float(row["cores"]) == cpus:
+        for (method, seed), row in read_runs(table.parent).items():
+            if (row["command"], float(row["cores"]), row["commit"]) == (run.command, cpus, commit):
                 names = {"method": run.method, "seed": run.seed}
                 rows = [row | names for row in read_evaluations(table.parent)[method, seed]]
                 encoder = encoder_of(suite, method, seed, results)
@@ -338,7 +339,8 @@ def keep(run, results, files, about):
 
 def unfinished(runs, args):
     """The runs that have no results yet, after those are copied that another suite has made."""
-    return [run for run in runs if not is_finished(run, args.results) and not share(run, args.results, args.cpus)]
+    where = (args.results, args.cpus, commit_of_code())
+    return [run for run in runs if not is_finished(run, args.results) and not share(run, *where)]
 
 
 def run_all(runs, args, bar):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,13 +103,30 @@ def test_bad_input_is_one_line_before_the_first_run(compare, capsys, monkeypatch
 
 
 def test_what_so_many_runs_can_tell(compare):
-    few = compare.certainty("a", "b", np.array([1.0, 3.0]), np.array([0.0, 2.0]), 2)
+    few = compare.certainty("a", "b", np.array([1.0, 3.0]), np.array([0.0, 2.0]), 2, 1)
     assert few.startswith("a less b is +1.00; with 2 runs an arm that is a point") and "about 32 runs" in few
     ours, others = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([0.0, 1.0, 2.0, 3.0, 4.0])
-    text = compare.certainty("a", "b", ours, others, 2)
+    text = compare.certainty("a", "b", ours, others, 2, 1)
     assert text.startswith("a less b is +1.00 [-1.31, +3.31] and can't be told from chance: 5 runs an arm tell")
     assert "of about 2.31." in text and text.endswith("about 40 runs an arm.")  # 15.7 times a variance of 2.5
-    assert "stands out" in compare.certainty("a", "b", ours + 5, others, 2)
+    assert "stands out" in compare.certainty(
+        "a", "b", ours + 1.5, others, 2, 1
+    )  # t(8) of 0.975 is 2.31, of 0.9917 3.02
+    assert "+2.50 [-0.52, +5.52] and can't" in compare.certainty("a", "b", ours + 1.5, others, 2, 3)  # the best of four
+
+
+def test_an_edited_program_has_results_of_its_own(compare, capsys, monkeypatch, tmp_path):
+    program, names = tmp_path / "ppo_pisco.py", []
+    module = SimpleNamespace(__name__="ppo_pisco", __file__=program)
+    prepared = (module, {"an arm": {"--env-id": "Jump-v0"}}, {"an arm": {None: []}})
+    monkeypatch.setattr(compare, "prepare", lambda args, flags: prepared)
+    monkeypatch.setattr(compare, "finish", lambda *args: 1 / 0)
+    for text in ("loss = 1", "loss = 1", "loss = 2"):
+        program.write_text(text)
+        with pytest.raises(ZeroDivisionError):
+            compare.compare(*compare.parse_args([]))
+        names.append(capsys.readouterr().out.splitlines()[0].split("results: ")[1])
+    assert names[0] == names[1] != names[2]
 
 
 def start(folder, *more):

@@ -348,6 +348,7 @@ def test_results_of_another_command_are_not_taken_for_this_ones(runner, capsys):
 
 
 def test_same_command_of_another_suite_is_not_run_again(runner, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "commit_of_code", lambda: "abc")  # as `kept` has it
     runner.SUITES["tiny"]["encoders"] = True
     kept(runner, runner.Run("tiny", "one method", 1))
     twin = {**runner.SUITES["tiny"], "methods": {"renamed": "--x 2", "new": "--x 3"}}
@@ -365,11 +366,11 @@ def test_same_command_of_another_suite_is_not_run_again(runner, monkeypatch, cap
         "0.3333333333333333", "1.0"
     ]  # fmt: skip
     assert (second / "encoders" / "renamed__1.safetensors").read_text() == "weights"
-    del runner.SUITES["tiny"]  # a suite of the past may have had other defaults
     monkeypatch.setitem(runner.SUITES, "third", twin)
-    del runner.SUITES["twin"]
-    assert runner.main(["third", "--seeds", "1", "--cpus", "2"]) == 0
-    assert capsys.readouterr().out.startswith("third: 2 runs, 0 of them finished\n")
+    for commit in ("abd", "abc-changed", ""):  # other code, or unknown
+        monkeypatch.setattr(runner, "commit_of_code", lambda commit=commit: commit)
+        assert runner.main(["third", "--seeds", "1", "--cpus", "2"]) == 0
+        assert capsys.readouterr().out.startswith("third: 2 runs, 0 of them finished\n")
 
 
 def test_killed_run_goes_on_and_one_of_other_flags_does_not(runner):
