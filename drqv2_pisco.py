@@ -96,7 +96,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector, which simsiam has in any case, as it collapses without
+    projector_dim: int = 256  # hidden width of the projector, which simsiam always has, as it collapses without one
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per update
 
     # DrQ-v2
@@ -136,8 +136,8 @@ def parse_args(argv=None):
     # A first look, as the environment or the run decides on the defaults of everything else.
     first, _ = tyro.cli(Args, args=[w for w in argv if w not in ("-h", "--help")], return_unknown_args=True)
     if first.resume is None:
-        own = {k: v for pattern, more in DEFAULTS if re.fullmatch(pattern, first.env_id) for k, v in more.items()}
-        return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **own), description=__doc__)
+        more = {k: v for pattern, found in DEFAULTS if re.fullmatch(pattern, first.env_id) for k, v in found.items()}
+        return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **more), description=__doc__)
     try:
         saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()), resume=first.resume)
     except (OSError, ValueError, TypeError) as error:
@@ -167,7 +167,9 @@ class DMCPixels(gym.Env):
         tasks |= {f"manipulation-{task[:-7]}" for task in manipulation.ALL if task.endswith("_vision")}
         if env_id not in tasks:
             close = difflib.get_close_matches(env_id, tasks) or ["cartpole-swingup", "walker-walk"]
-            raise SystemExit(f"--env-id {env_id}: unknown (games have ppo_pisco.py); did you mean {', '.join(close)}?")
+            raise SystemExit(
+                f"--env-id {env_id}: unknown (for games use ppo_pisco.py); did you mean {', '.join(close)}?"
+            )
         domain, task = env_id.split("-")
         self.action_repeat, self.divergence, self.camera = action_repeat, PhysicsError, None
         if domain == "manipulation":  # brings its own images of 84x84 pixels
@@ -229,7 +231,8 @@ class DMCPixels(gym.Env):
 
 def make_env(args):
     """An environment of images (C, H, W) uint8 and actions (A,) in -1..1. Your own with its own --env-id goes here, as
-    gym.wrappers.RescaleAction(Mine(), -1.0, 1.0); without get_state and set_state it resumes with fresh episodes."""
+    gym.wrappers.RescaleAction(Mine(), -1.0, 1.0); it repeats actions itself, or runs with --action-repeat 1. Without
+    get_state and set_state it resumes with fresh episodes."""
     return DMCPixels(args.env_id, args.image_size, args.action_repeat, args.render_quality)
 
 
@@ -283,8 +286,9 @@ class Encoder(nn.Module):
 
     def __init__(self, args, obs_shape):
         super().__init__()
-        self.timm = None if args.encoder == "drqv2" else partial(timm_layers, args.encoder, obs_shape[0], -0.5)
-        self.layers = nn.Sequential(*(self.timm() if self.timm else drqv2_layers(obs_shape[0])))
+        make_layers = {"drqv2": drqv2_layers}.get(args.encoder)
+        self.timm = None if make_layers else partial(timm_layers, args.encoder, obs_shape[0], -0.5)
+        self.layers = nn.Sequential(*(make_layers(obs_shape[0]) if make_layers else self.timm()))
         with torch.no_grad():
             self.map_shape = self.layers.eval()(torch.zeros(1, *obs_shape)).shape[1:]
         self.frozen, self.bf16 = 0, args.bf16
@@ -340,10 +344,10 @@ def make_mlp(sizes):
 
 
 class Actor(nn.Module):
-    def __init__(self, map_shape, num_actions, args):
+    def __init__(self, map_shape, action_dim, args):
         super().__init__()
         self.trunk = make_trunk(map_shape, args.feature_dim)
-        self.policy = make_mlp([args.feature_dim, args.hidden_dim, args.hidden_dim, num_actions])
+        self.policy = make_mlp([args.feature_dim, args.hidden_dim, args.hidden_dim, action_dim])
 
     def mean(self, z):
         """The policy head: features (B, feature_dim) -> means (B, A) of the truncated normal pi(.|z)."""
@@ -354,10 +358,10 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    def __init__(self, map_shape, num_actions, args):
+    def __init__(self, map_shape, action_dim, args):
         super().__init__()
         self.trunk = make_trunk(map_shape, args.feature_dim)
-        sizes = [args.feature_dim + num_actions, args.hidden_dim, args.hidden_dim, 1]
+        sizes = [args.feature_dim + action_dim, args.hidden_dim, args.hidden_dim, 1]
         self.q1, self.q2 = make_mlp(sizes), make_mlp(sizes)
 
     def values(self, features, actions):
@@ -372,13 +376,13 @@ class Critic(nn.Module):
 class Agent(nn.Module):
     """Encoder f, actor, twin critics and their target, and the projector h of the self-supervised loss."""
 
-    def __init__(self, args, encoder, num_actions):
+    def __init__(self, args, encoder, action_dim):
         super().__init__()
         dim, map_shape = args.feature_dim, encoder.map_shape
         self.encoder = encoder
-        self.actor = Actor(map_shape, num_actions, args)
-        self.critic = Critic(map_shape, num_actions, args)
-        self.critic_target = Critic(map_shape, num_actions, args).requires_grad_(False)
+        self.actor = Actor(map_shape, action_dim, args)
+        self.critic = Critic(map_shape, action_dim, args)
+        self.critic_target = Critic(map_shape, action_dim, args).requires_grad_(False)
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.projector = nn.Identity()
         if args.ssl == "curl":
@@ -406,7 +410,8 @@ def load_encoder(path, encoder):
             metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
         for key, here in encoder.about.items():
             if metadata.get(key, here if metadata else None) != here:  # an older file may say less
-                raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
+                about = f"has {key} {metadata.get(key)}, this run {here}; give another file, or `none`"
+                raise SystemExit(f"--encoder-weights {path}: {about}")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors
@@ -534,8 +539,8 @@ class Replay:
     ones. A resumed run gives up what the killed one has overwritten since its checkpoint, so that it ends bitwise the
     same only as long as the ring is not full."""
 
-    def __init__(self, path, rows, frame_shape, num_actions, seed):
-        columns = [("index", "i8"), ("frame", "u1", frame_shape), ("action", "f4", (num_actions,))]
+    def __init__(self, path, rows, frame_shape, action_dim, seed):
+        columns = [("index", "i8"), ("frame", "u1", frame_shape), ("action", "f4", (action_dim,))]
         dtype = np.dtype([*columns, ("reward", "f4"), ("end", "?")], align=True)
         # A full disk is noticed here, not by a crash later. Open for appending, a file lacks the C library's fall-back.
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
@@ -810,7 +815,7 @@ def make_optimizers(agent, learning_rate):
     return torch.optim.Adam(critic, lr=learning_rate, fused=True), torch.optim.Adam(actor, lr=learning_rate, fused=True)
 
 
-def train(args, script=__file__):
+def train(args, program=(__file__,)):
     """One whole run. Returns its folder. Raises SystemExit, naming the flag and the remedy, where none is possible."""
     total_steps, seed_steps = args.total_frames // args.action_repeat, args.seed_frames // args.action_repeat
     if math.ceil(max(seed_steps, 1) / args.update_every) * args.update_every >= total_steps:
@@ -823,9 +828,9 @@ def train(args, script=__file__):
     env = make_env(args)
     env.reset(seed=args.seed + step)  # another seed after a resume
     channels, *size = frame_shape = env.observation_space.shape
-    obs_shape, num_actions = (args.frame_stack * channels, *size), env.action_space.shape[0]
+    obs_shape, action_dim = (args.frame_stack * channels, *size), env.action_space.shape[0]
     encoder = make_encoder(args, obs_shape, args.frame_stack, resuming=state is not None)
-    agent = Agent(args, encoder, num_actions).to(device, memory_format=torch.channels_last)
+    agent = Agent(args, encoder, action_dim).to(device, memory_format=torch.channels_last)
     critic_optimizer, actor_optimizer = make_optimizers(agent, args.learning_rate)
     folder = Path(args.resume).expanduser() if args.resume else make_run_folder(args)
     try:  # The file stays open: the system unlocks it when this process ends, be it by a kill.
@@ -841,7 +846,7 @@ def train(args, script=__file__):
         about = {"project": args.wandb_project_name, "name": folder.name, "id": folder.name, "config": asdict(args)}
         wandb.init(**about, resume="allow", sync_tensorboard=True)
     num_rows = min(args.replay_size, total_steps + total_steps // 100 + 1000)  # an episode's first image has one too
-    replay = Replay(folder / "replay.bin", num_rows, frame_shape, num_actions, args.seed)
+    replay = Replay(folder / "replay.bin", num_rows, frame_shape, action_dim, args.seed)
     row, rows_before, seconds = [state[name] for name in ("row", "rows_before", "seconds")] if state else ({}, 0, 0.0)
     if state:
         agent.load_state_dict(state["agent"])
@@ -854,7 +859,7 @@ def train(args, script=__file__):
         if state["env"]:
             env.unwrapped.set_state(state["env"])
 
-    cmd = shlex.join(["python", script, "--resume", str(folder)])
+    cmd = shlex.join(["python", *program, "--resume", str(folder)])
     print(f"replay buffer: {replay.data.nbytes / 2**20:,.0f} MiB")
     print(f"device: {device}, {torch.get_num_threads()} threads\nrun folder: {folder}\nafter a kill: {cmd}", flush=True)
     # What a killed run logged from its checkpoint on is dropped. In metrics.csv the columns' names are the first line.
@@ -908,10 +913,12 @@ def train(args, script=__file__):
 
         before, after, last = first_step * args.action_repeat, step * args.action_repeat, step == total_steps  # frames
         images, _ = replay.head - replay.start, replay.end_episode(args.nstep)  # of this episode
-        hopeless = not replay.episodes and (images > replay.rows or truncated and images <= args.nstep)
-        if hopeless or last and not critic_optimizer.state:
+        unusable = not replay.episodes and (images > replay.rows or truncated and images <= args.nstep)
+        if unusable or last and not critic_optimizer.state:
             (folder / "replay.bin").unlink()
-            raise SystemExit("--nstep, --replay-size: no episode ended that is longer than the one and fits the other")
+            raise SystemExit(
+                "--nstep, --replay-size: no finished episode has more steps than nstep and fits into the replay buffer"
+            )
         row = {"global_step": after, "charts/SPS": after / seconds, "charts/stddev": std}
         if done:
             row["charts/episodic_return"], row["charts/episodic_length"] = episode_return, step - first_step

@@ -95,7 +95,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector, which simsiam has in any case, as it collapses without
+    projector_dim: int = 256  # hidden width of the projector, which simsiam always has, as it collapses without one
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per minibatch
 
     # PPO
@@ -136,8 +136,8 @@ def parse_args(argv=None):
     # A first look, as the environment or the run decides on the defaults of everything else.
     first, _ = tyro.cli(Args, args=[w for w in argv if w not in ("-h", "--help")], return_unknown_args=True)
     if first.resume is None:
-        own = {k: v for pattern, more in DEFAULTS if re.fullmatch(pattern, first.env_id) for k, v in more.items()}
-        return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **own), description=__doc__)
+        more = {k: v for pattern, found in DEFAULTS if re.fullmatch(pattern, first.env_id) for k, v in found.items()}
+        return tyro.cli(Args, args=argv, default=Args(env_id=first.env_id, **more), description=__doc__)
     try:
         saved = Args(**json.loads((Path(first.resume).expanduser() / "args.json").read_text()), resume=first.resume)
     except (OSError, ValueError, TypeError) as error:
@@ -273,7 +273,7 @@ def make_envs(args, num_envs, seeds, evaluation):
     except gym.error.UnregisteredEnv:
         plain = re.sub("^ALE/|-ram|NoFrameskip|Deterministic", "", args.env_id)  # EnvPool has one name for a game
         close = difflib.get_close_matches(plain, {"Jump-v0", *envpool_ids, *gym.registry}) or ["Jump-v0"]
-        hint = f"did you mean {', '.join(close)}? Control tasks have drqv2_pisco.py --env-id walker-walk"
+        hint = f"did you mean {', '.join(close)}? For control: drqv2_pisco.py --env-id walker-walk"
         raise SystemExit(f"--env-id {args.env_id}: unknown environment; {hint}") from None
     finally:
         main |= {"__file__": file} if file else {}
@@ -507,7 +507,8 @@ def load_encoder(path, encoder):
             metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
         for key, here in encoder.about.items():
             if metadata.get(key, here if metadata else None) != here:  # an older file may say less
-                raise SystemExit(f"--encoder-weights {path}: has {key} {metadata.get(key)}, this run {here}")
+                about = f"has {key} {metadata.get(key)}, this run {here}; give another file, or `none`"
+                raise SystemExit(f"--encoder-weights {path}: {about}")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors
@@ -888,7 +889,7 @@ def set_up(args):
     return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
-def train(args, script=__file__):
+def train(args, program=(__file__,)):
     """One whole run. Returns its folder. Raises SystemExit, naming the flag and the remedy, where none is possible."""
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
@@ -921,7 +922,7 @@ def train(args, script=__file__):
     except OSError as error:
         if isinstance(error, BlockingIOError):  # Another error comes from a mount that has no locks.
             raise SystemExit(f"--resume {folder}: another process is at work in it; wait for its end") from None
-    cmd = shlex.join(["python", script, "--resume", str(folder)])
+    cmd = shlex.join(["python", *program, "--resume", str(folder)])
     print(f"device: {device}, {torch.get_num_threads()} threads\nrun folder: {folder}\nafter a kill: {cmd}", flush=True)
     if args.track:
         import wandb

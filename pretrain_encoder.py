@@ -61,7 +61,7 @@ class Args:
 
 @dataclass
 class RLArgs(Args):
-    resume: str | None = None  # run folder of a killed rl run to go on with; give --output and --force again
+    resume: str | None = None  # run folder of a killed rl run to go on with; as it has printed
 
 
 @dataclass
@@ -85,7 +85,7 @@ class FrameArgs(Args):
 
     # Encoder
     encoder: str = "nature"  # architecture: nature, impala (DeepMind Control: drqv2), or a model such as timm:resnet18
-    feature_dim: int = 256  # size of the encoder's output z; drqv2_pisco.py has it elsewhere
+    feature_dim: int = 256  # size of the encoder's output z; DeepMind Control has none here
 
     # Training
     total_steps: int = 5_000  # most updates
@@ -518,7 +518,8 @@ def pretrain_rl(args, further):
         flags += JUMP_SOURCE if args.env_id == "Jump-v0" else []
     algorithm_args = algorithm.parse_args([*flags, *further])
     path = output_path(args, algorithm_args)  # before the training, not after it
-    folder = algorithm.train(algorithm_args, __file__)
+    program = [__file__, "--output", str(path), *(["--force"] if args.force else [])]
+    folder = algorithm.train(algorithm_args, program)
     encoder, evaluation = folder / "encoder.safetensors", folder / "evaluation.json"
     score = json.loads(evaluation.read_text())["metrics"] if evaluation.exists() else {}  # --eval-episodes 0
     metadata = read_metadata(encoder) | {"score": json.dumps(score)}

@@ -23,4 +23,4 @@ if __name__ == "__main__":
     if args.freeze_layers:
         raise SystemExit("--freeze-layers: what frozen layers make of clean images is kept; leave it at 0 here")
     ppo_pisco.minibatch_loss = augmented_loss
-    ppo_pisco.train(args, script=__file__)
+    ppo_pisco.train(args, program=(__file__,))

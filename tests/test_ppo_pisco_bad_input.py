@@ -142,7 +142,9 @@ def test_weights_are_a_pickle_in_disguise(refused, tmp_path, protocol):
 
 def test_weights_of_another_encoder(refused, weights):
     path = weights()
-    refused(f"--encoder-weights {path} --encoder impala", str(path), "architecture nature", "this run impala")
+    refused(
+        f"--encoder-weights {path} --encoder impala", str(path), "architecture nature", "this run impala; give another"
+    )
     refused(f"--encoder-weights {path} --feature-dim 16", str(path), "feature_dim 32", "this run 16")
     refused(f"--encoder-weights {path} --env-id TinyImage-v0", str(path), "[1, 60, 60]", "[3, 36, 40]")
     weights(architecture="resnet")
