@@ -206,6 +206,22 @@ def without_sources(suite):
     return {method: np.mean(found) for method, found in shares.items()}
 
 
+def write_settings(suite="jump-settings"):
+    """jump-settings as Markdown, a row a setting: at every depth the mean share of unseen tasks solved at the end, of
+    trained ones over the run, and the number of runs."""
+    unseen, trained = read_suite(suite), read_suite(suite, SUCCESS.column)
+    depths, settings = (list(dict.fromkeys(name.split(", ", 1)[i] for name in unseen)) for i in (0, 1))
+    rows = []
+    for setting in settings:
+        row = [f"projector {setting}" if setting.startswith(("none", "residual", "mlp")) else setting]
+        for depth in depths:
+            found = [results.get(f"{depth}, {setting}") for results in (unseen, trained)]
+            both = [runs.both[:, i].mean() for i, runs in enumerate(found) if runs]
+            row.append(f"{both[0]:.2f}, {both[1]:.2f} ({len(found[0].seeds)})" if both else "-")
+        rows.append(row)
+    return markdown(["setting", *(f"{depth}: unseen, trained (n)" for depth in depths)], rows)
+
+
 def write_unseen(suite="jump-unseen"):
     """What jump-unseen's policies do at the end on tasks trained and unseen, clean and under noise, as Markdown."""
     columns = {
@@ -392,7 +408,7 @@ TABLES = {  # the mark on a page: what writes the table; one without a mark is p
     **{suite: functools.partial(table_of(suite), suite) for suite in KEPT},
     **{family: functools.partial(write_verdicts, family) for family in FAMILIES},
     "exploratory": write_exploratory, "noise": write_noise_table, "freezing": write_freezing, "speed": write_speeds,
-    "jump-unseen scores": write_unseen,
+    "jump-unseen scores": write_unseen, "jump-settings": write_settings,
 }  # fmt: skip
 FIGURES = {  # the file: what draws it
     **{name: functools.partial(draw_grid, panels=panels) for name, panels in GRIDS.items()},

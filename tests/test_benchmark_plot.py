@@ -370,6 +370,21 @@ def test_cells_have_both_scores_and_every_splits_own(plot, tmp_path, monkeypatch
     assert row.endswith(" | 0.75 | 0.38 | 0.56 |")
 
 
+def test_settings_table_has_a_column_per_depth(plot, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules["kept"].SCORES, "s", "greedy_unseen_success")
+    for method, seed, unseen, trained in (
+        ("finetuned, none, weight 3", 1, (0.0, 0.5), (0.5, 1.0)), ("finetuned, none, weight 3", 2, (0.0, 1.0), (0, 0)),
+        ("frozen bottom, none, weight 3", 1, (0.0, 0.25), (0.0, 1.0)), ("frozen bottom, simsiam", 1, (0, 0), (1, 1)),
+    ):  # fmt: skip
+        put_unseen(tmp_path / "s", *method.split(", ", 1), seed, trained, unseen, (0, 0), "00000")
+    assert plot.write_settings("s").splitlines() == [
+        "| setting | finetuned: unseen, trained (n) | frozen bottom: unseen, trained (n) |",
+        "|---|---|---|",
+        "| projector none, weight 3 | 0.75, 0.38 (2) | 0.25, 0.50 (1) |",
+        "| simsiam | - | 0.00, 1.00 (1) |",
+    ]
+
+
 def test_rates_table_has_a_row_per_method(plot, tmp_path):
     runs = [("a, b", "1e-3", (0.25, 0.75)), ("a, b", "1e-2", (0.5, 0.5))]
     runs += [("c", "1e-3", (0.5,)), ("c", "1e-2", (1.0, 1.0)), ("d", "1e-2", (1.0, 1.0))]
