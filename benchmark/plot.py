@@ -10,6 +10,7 @@ then seeds; gains are differences of plain means. With fewer than five seeds the
 """
 
 import csv
+import fnmatch
 import functools
 import re
 import sys
@@ -369,8 +370,8 @@ def draw_forest(path, family):
 
 
 def draw_grid(path, panels):
-    """A frame of Jump, and the share of seeds whose greedy policy solves each task of its grid at the end, in panels
-    {title: (suite, method, tasks that it was trained on)}; these tasks are circled."""
+    """A frame of Jump, and the share of runs whose greedy policy solves each task of its grid at the end, in panels
+    {title: (suite, methods by a pattern, tasks that they were trained on)}; these tasks are circled."""
     size = {"figsize": (11, 2.7), "width_ratios": (1, *[2] * len(panels))}
     figure, (first, *others) = plt.subplots(1, 1 + len(panels), layout="constrained", **size)
     envs = ppo_pisco.JumpVectorEnv(1, [(45, 15)])
@@ -380,8 +381,9 @@ def draw_grid(path, panels):
     first.imshow(obs[0, 0], cmap="gray", origin="lower")
     first.set_title("obstacle 45, floor 15", fontsize=10)
     first.axis("off")
-    for axes, (title, (suite, method, tasks)) in zip(others, panels.items()):
-        rows = [rows[-1] for _, rows in read_kept(suite)[method].values()]
+    for axes, (title, (suite, pattern, tasks)) in zip(others, panels.items()):
+        kept = [runs for method, runs in read_kept(suite).items() if fnmatch.fnmatch(method, pattern)]
+        rows = [rows[-1] for runs in kept for _, rows in runs.values()]
         tables = [dict(zip(row["tasks"].split(), row["greedy"])) for row in rows]
         trained = ppo_pisco.parse_jump_tasks(tasks)
         played = sorted(tuple(map(int, task.split(":"))) for task in tables[0])
@@ -393,7 +395,7 @@ def draw_grid(path, panels):
         axes.scatter(*zip(*trained), s=14, facecolor="none", edgecolor="#d55e00")
         axes.set_title(f"{title}: {share.mean() * share.size:.0f} of {share.size} tasks (n = {len(rows)})", fontsize=10)
         axes.set(xlabel="obstacle (pixels)", ylabel="floor (pixels)")
-    figure.colorbar(image, ax=others, label="share of seeds")
+    figure.colorbar(image, ax=others, label="share of runs")
     save(figure, path)
 
 

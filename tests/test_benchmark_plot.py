@@ -570,10 +570,10 @@ def test_grid_shows_the_share_of_seeds_that_solve_a_task(plot, monkeypatch):
     grid, figures = plot.ppo_pisco.JUMP_GRID, []
     tasks = " ".join(f"{x}:{y}" for x, y in reversed(grid))
     rows = [[{"tasks": tasks, "greedy": "1" + "0" * 285}], [{"tasks": tasks, "greedy": "1" * 286}]]
-    kept = {"m": {seed: ({}, found) for seed, found in enumerate(rows)}}
+    kept = {f"cell {seed}, m": {seed: ({}, found)} for seed, found in enumerate(rows)} | {"cell 1, other": {}}
     monkeypatch.setattr(plot, "read_kept", lambda suite: kept)
     monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
-    plot.draw_grid("path", {"one": ("suite", "m", "20:10"), "two": ("suite", "m", "wide")})
+    plot.draw_grid("path", {"one": ("suite", "cell*, m", "20:10"), "two": ("suite", "cell*, m", "wide")})
     frame, one, two, _ = figures[0].axes
     share = one.images[0].get_array()  # (floors, obstacles)
     assert share.shape == (11, 26) and share[-1, -1] == 1.0 and share[0, 0] == share[5, 5] == 0.5
