@@ -5,7 +5,7 @@
 # ///
 """PPO with PiSCO: finetune a pretrained encoder on a new visual task, bottom layers frozen (discrete actions).
 
-    python ppo_pisco.py --freeze-layers 2                                   # MSR Jump, shipped encoder, a few minutes
+    python ppo_pisco.py --freeze-layers 2                                   # MSR Jump, shipped encoder, 1 or 2 minutes
     python ppo_pisco.py --encoder-weights none --ssl none                   # the same task from scratch
     python ppo_pisco.py --env-id Breakout-v5 --help                         # any environment has defaults of its own
     python ppo_pisco.py --resume runs/Jump-v0__ppo_pisco__1__1700000000000000     # go on with a killed run
