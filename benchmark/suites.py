@@ -236,14 +236,6 @@ FAMILIES = {
         CLAIMS[2]: [("jump-cells", BOTTOM, FINETUNED, 0.1), ("jump-cells", BOTTOM, FROZEN, 0.0)],
         CLAIMS[3]: [("jump-cells", RECIPE, x, 0.0) for x in (*FIVE[:3], f"{FINETUNED} + PiSCO", BOTTOM, *LOSSES)],
     },
-    "one cell": {
-        CLAIMS[0]: [
-            ("jump-baselines", FINETUNED, FROZEN, 0.0),
-            ("jump-state-baselines", "state encoder, finetuned", "state encoder, frozen, MLP head", 0.0),
-        ],
-        CLAIMS[2]: [("jump-baselines", BOTTOM, FINETUNED, 0.1), ("jump-baselines", BOTTOM, FROZEN, 0.0)],
-        CLAIMS[3]: [("jump-baselines", RECIPE, x, 0.0) for x in FIVE[:4]],
-    },
     "priors": {
         "PiSCO's gain": [
             ("jump-prior", f"prior {prior}, {base} + PiSCO at {rate}", f"prior {prior}, {base} at {rate}", 0.0)
