@@ -61,7 +61,7 @@ class Args:
 
 @dataclass
 class RLArgs(Args):
-    resume: str | None = None  # run folder of a killed rl run to go on with; as it has printed
+    resume: str | None = None  # run folder of a killed rl run to go on with; use the command that it printed
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """PPO on augmented images, a baseline without a self-supervised loss: ppo_pisco.py with an augmentation before RL.
 
-    python benchmark/augmented.py --ssl none    # all flags are those of ppo_pisco.py; nothing may be frozen
+    python benchmark/augmented.py    # all flags are those of ppo_pisco.py, but nothing may be frozen
 
 The policy acts on clean images, and the probabilities that it had then are those of PPO's ratio; every minibatch of
 training is augmented anew (RAD in Raileanu et al. 2021, "Automatic Data Augmentation for Generalization in RL").
@@ -20,6 +20,7 @@ def augmented_loss(agent, obs, hidden, *batch, of=ppo_pisco.minibatch_loss):
 
 if __name__ == "__main__":
     args = ppo_pisco.parse_args()
+    args.ssl, args.exp_name = "none", Path(__file__).stem
     if args.freeze_layers:
         raise SystemExit("--freeze-layers: what frozen layers make of clean images is kept; leave it at 0 here")
     ppo_pisco.minibatch_loss = augmented_loss

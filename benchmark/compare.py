@@ -192,7 +192,7 @@ def certainty(best, other, ours, others, digits, count):
         word = "stands out" if low > 0 else "can't be told from chance"
         text = f"{best} less {other} is {plot.with_interval(gain, (low, high), digits, '+')} and {word}: "
         text += f"{n} runs an arm tell differences of about {(high - low) / 2:.{digits}f}."
-    needed = stats.runs_needed(gain, ours, others) if n > 1 else None
+    needed = stats.runs_needed(gain, ours, others, level=0.05 / count) if n > 1 else None
     return text + (f" To show this one with a chance of 80% takes about {needed} runs an arm." if needed else "")
 
 

@@ -157,7 +157,7 @@ def freezing_again(suite="jump-unseen"):
     steady = [np.median(x.minutes[..., -1]) * x.steps / x.steps[-1] for x in runs]  # (E,) each
     timed = [x._replace(minutes=np.broadcast_to(minutes, x.scores.shape)) for x, minutes in zip(runs, steady)]
     noisy = over_cells(read_suite(suite, f"noisy {SUCCESS.column}"))
-    pairs = zip(AGAIN, (at_equal_minutes(*timed), [noisy[arm].both for arm in arms]))
+    pairs = zip(AGAIN, (at_equal_minutes(*timed), [noisy[arm].both for arm in arms if noisy]))
     return {arm + name: scores for name, pair in pairs for arm, scores in zip(arms, pair)}
 
 

@@ -9,7 +9,7 @@
 
 Every run is one of the repository's programs, which Ray starts where there is room. A finished one is a row of
 benchmark/results/SUITE/runs.csv and a row per evaluation of evaluations.csv.gz beside it, and is skipped from then on,
-as is one that another suite has run with the same command and the same number of cores: its rows are copied. Tables of
+as is one that another suite has run with the same command, commit and number of cores: its rows are copied. Tables of
 two machines are joined by `cat`. Networks stay in benchmark/runs/weights/ of this machine; encoders that other suites
 begin with are kept in SUITE/encoders/. A killed run goes on from its checkpoint, a failed one is tried once more and
 then reported. After Ctrl-C the same command goes on.

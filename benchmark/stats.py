@@ -137,10 +137,10 @@ def score_at(minutes, scores, limit):
     return np.take_along_axis(np.concatenate([np.zeros_like(scores[..., :1]), scores], -1), index, -1)[..., 0]
 
 
-def runs_needed(gain, *samples):
-    """Runs an arm for a power of 80% at a two-sided level of 0.05, if the gain and the samples' spread are true."""
-    variance = np.mean([np.var(scores, ddof=1) for scores in samples])
-    return max(2, int(np.ceil(2 * variance * (1.959964 + 0.841621) ** 2 / gain**2))) if gain else None
+def runs_needed(gain, *samples, level=0.05):
+    """Runs an arm for a power of 80% at a two-sided level, if the gain and the samples' spread are true."""
+    variance, quantiles = np.mean([np.var(scores, ddof=1) for scores in samples]), stats.norm.isf([level / 2, 0.2])
+    return max(2, int(np.ceil(2 * variance * quantiles.sum() ** 2 / gain**2))) if gain else None
 
 
 # --- Speed -----------------------------------------------------------------------------------------------------------

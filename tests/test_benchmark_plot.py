@@ -149,6 +149,7 @@ def test_runs_needed_by_the_textbook(stats):
     """A gain of a standard deviation takes 16 runs an arm, 2 (1.96 + 0.84)^2 = 15.7, half of it four times as many."""
     one = np.array([0.0, 2.0]) / 2**0.5  # a variance of 1
     assert stats.runs_needed(1.0, one, one) == 16 and stats.runs_needed(-0.5, one, one) == 63
+    assert stats.runs_needed(1.0, one, one, level=0.05 / 3) == 21  # 2 (2.394 + 0.842)^2 = 20.9
     assert stats.runs_needed(100.0, one, one) == 2 and stats.runs_needed(0.0, one, one) is None
 
 
