@@ -87,6 +87,11 @@ def in_cells(methods, sources="jump-sources", splits=SPLITS):
     }
 
 
+def seeds_of_cells(methods):
+    """{method: first seed} of methods in cells; others with each encoder, as from scratch needs none."""
+    return {name: 401 if "encoder 2," in name else 411 for name in methods}
+
+
 # The loss with the acting policy as its teacher: settings are chosen on floors that no result is about
 LIFTED = join([(x, 36) for x in (20, 28, 36, 44)] + [(x, 28) for x in (24, 32, 40)])  # `target`, moved up
 LIFTED_GRID = join((x, y) for x in range(20, 46) for y in range(27, 38))
@@ -123,6 +128,22 @@ WITH_AND_WITHOUT = {  # each with the rate that jump-settings has chosen for it,
     )
 }
 IN_CELLS = in_cells(WITH_AND_WITHOUT)
+# Rates are those of jump-loss-rates and jump-rates, weights of SimSiam and CURL those of jump-settings
+PAGES = "--ssl pisco --ssl-teacher view --projector mlp --ssl-coef 0.1 --ssl-fraction 1"  # the paper's pseudocode
+OTHERS = {
+    "finetuned + PiSCO": f"{DEPTHS['finetuned']} {PAGES} --learning-rate 1e-3",
+    "frozen bottom + PiSCO": f"{DEPTHS['frozen bottom']} {PAGES} --learning-rate 3e-3",
+    "frozen, MLP head": "--freeze-layers all --head-layers 1 --ssl none --learning-rate 3e-3",
+    "finetuned + loss on noise": f"{WITH_AND_WITHOUT['finetuned + loss']} --augmentation noise",
+} | {
+    f"{depth} + {name}": f"{DEPTHS[depth]} {with_loss(name.lower(), 'mlp', coef, '1')}"
+    for depth in ("finetuned", "frozen bottom")
+    for name, coef in (("SimSiam", "3"), ("CURL", "1"))
+}
+AUGMENTED = {
+    f"finetuned on augmented images, rate {rate}": f"{DEPTHS['finetuned']} --learning-rate {rate}"
+    for rate in ("1e-3", "3e-3")
+}
 
 
 SUITES = {
@@ -146,8 +167,21 @@ SUITES = {
     "jump-unseen": {
         "program": "ppo_pisco.py",
         "n": 5,
-        "first_seed": {name: 401 if "encoder 2," in name else 411 for name in IN_CELLS},  # as from scratch needs none
+        "first_seed": seeds_of_cells(IN_CELLS),
         "methods": IN_CELLS,
+    },
+    # And what do other losses, augmentations and heads give on them? Two seeds of jump-unseen
+    "jump-others": {
+        "program": "ppo_pisco.py",
+        "n": 2,
+        "first_seed": seeds_of_cells(in_cells(OTHERS)),
+        "methods": in_cells(OTHERS),
+    },
+    "jump-augmented": {
+        "program": "benchmark/augmented.py",
+        "n": 2,
+        "first_seed": seeds_of_cells(in_cells(AUGMENTED)),
+        "methods": in_cells(AUGMENTED),
     },
     # From 18 tasks to the grid's other 268, as Agarwal et al. 2021 ask: do the loss and twice the time solve them?
     "jump-18": {
@@ -211,8 +245,9 @@ SUITES = {
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked of the kept results
 # ---------------------------------------------------------------------------------------------------------------------
-CELLS = ("jump-cells", "jump-noise", "jump-impala", "jump-unseen", "jump-18")
-UNSEEN = ("jump-settings", "jump-unseen", "jump-18")
+UNSEEN_CELLS = ("jump-unseen", "jump-others", "jump-augmented", "jump-18")
+CELLS = ("jump-cells", "jump-noise", "jump-impala", *UNSEEN_CELLS)
+UNSEEN = ("jump-settings", *UNSEEN_CELLS)
 SCORES = dict.fromkeys(UNSEEN, "greedy_unseen_success")  # not the usual column
 FIVE = ("from scratch", "frozen, MLP head", "finetuned", "frozen bottom", "frozen bottom + PiSCO")
 FROM_SCRATCH, FROZEN, FINETUNED, BOTTOM, RECIPE = FIVE
