@@ -261,7 +261,7 @@ def make_envs(args, num_envs, seeds, evaluation):
     sys.path += {os.getcwd()}.difference(sys.path)  # where the user's own module is, wherever this file lies
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("PYGLET_HEADLESS", "1")  # MiniWorld draws with pyglet, which would look for a screen
-    kwargs = {f"window_{side}": 1 for side in ("width", "height") if args.env_id[:10] == "miniworld:"}  # never freed
+    kwargs = {"window_width": 1, "window_height": 1} if args.env_id.startswith("miniworld:") else {}  # never freed
     options, main, file = {"autoreset_mode": NEXT_STEP}, vars(sys.modules["__main__"]), None
     if args.vectorization == "async":
         options["context"] = "spawn"  # a fork hangs where something has been drawn

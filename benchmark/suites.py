@@ -130,20 +130,25 @@ WITH_AND_WITHOUT = {  # each with the rate that jump-settings has chosen for it,
 IN_CELLS = in_cells(WITH_AND_WITHOUT)
 # Rates are those of jump-loss-rates and jump-rates, weights of SimSiam and CURL those of jump-settings
 PAGES = "--ssl pisco --ssl-teacher view --projector mlp --ssl-coef 0.1 --ssl-fraction 1"  # the paper's pseudocode
-OTHERS = {
-    "finetuned + PiSCO": f"{DEPTHS['finetuned']} {PAGES} --learning-rate 1e-3",
-    "frozen bottom + PiSCO": f"{DEPTHS['frozen bottom']} {PAGES} --learning-rate 3e-3",
-    "frozen, MLP head": "--freeze-layers all --head-layers 1 --ssl none --learning-rate 3e-3",
-    "finetuned + loss on noise": f"{WITH_AND_WITHOUT['finetuned + loss']} --augmentation noise",
-} | {
-    f"{depth} + {name}": f"{DEPTHS[depth]} {with_loss(name.lower(), 'mlp', coef, '1')}"
-    for depth in ("finetuned", "frozen bottom")
-    for name, coef in (("SimSiam", "3"), ("CURL", "1"))
-}
-AUGMENTED = {
-    f"finetuned on augmented images, rate {rate}": f"{DEPTHS['finetuned']} --learning-rate {rate}"
-    for rate in ("1e-3", "3e-3")
-}
+OTHERS = in_cells(
+    {
+        "finetuned + PiSCO": f"{DEPTHS['finetuned']} {PAGES} --learning-rate 1e-3",
+        "frozen bottom + PiSCO": f"{DEPTHS['frozen bottom']} {PAGES} --learning-rate 3e-3",
+        "frozen, MLP head": "--freeze-layers all --head-layers 1 --ssl none --learning-rate 3e-3",
+        "finetuned + loss on noise": f"{WITH_AND_WITHOUT['finetuned + loss']} --augmentation noise",
+    }
+    | {
+        f"{depth} + {name}": f"{DEPTHS[depth]} {with_loss(name.lower(), 'mlp', coef, '1')}"
+        for depth in ("finetuned", "frozen bottom")
+        for name, coef in (("SimSiam", "3"), ("CURL", "1"))
+    }
+)
+AUGMENTED = in_cells(
+    {
+        f"finetuned on augmented images, rate {rate}": f"{DEPTHS['finetuned']} --learning-rate {rate}"
+        for rate in ("1e-3", "3e-3")
+    }
+)
 
 
 SUITES = {
@@ -174,14 +179,14 @@ SUITES = {
     "jump-others": {
         "program": "ppo_pisco.py",
         "n": 2,
-        "first_seed": seeds_of_cells(in_cells(OTHERS)),
-        "methods": in_cells(OTHERS),
+        "first_seed": seeds_of_cells(OTHERS),
+        "methods": OTHERS,
     },
     "jump-augmented": {
         "program": "benchmark/augmented.py",
         "n": 2,
-        "first_seed": seeds_of_cells(in_cells(AUGMENTED)),
-        "methods": in_cells(AUGMENTED),
+        "first_seed": seeds_of_cells(AUGMENTED),
+        "methods": AUGMENTED,
     },
     # From 18 tasks to the grid's other 268, as Agarwal et al. 2021 ask: do the loss and twice the time solve them?
     "jump-18": {

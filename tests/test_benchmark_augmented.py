@@ -22,10 +22,8 @@ def test_the_loss_sees_augmented_images_and_all_else_as_it_is(monkeypatch):
 def test_as_a_program_it_acts_on_clean_images_and_trains_on_others(tmp_path):
     """Its first rollout is that of the clean run, its losses are those of other images."""
     flags = "--freeze-layers 0 --num-steps 64 --total-timesteps 256"
-    clean, program = (
-        train(tmp_path / "clean", f"{flags} --ssl none"),
-        [sys.executable, ROOT / "benchmark" / "augmented.py"],
-    )
+    clean = train(tmp_path / "clean", f"{flags} --ssl none")
+    program = [sys.executable, ROOT / "benchmark" / "augmented.py"]
     subprocess.run([*program, *command(tmp_path / "augmented", flags)], check=True)
     (folder,) = (tmp_path / "augmented").iterdir()
     (row,), (other,) = metrics(folder), metrics(clean)

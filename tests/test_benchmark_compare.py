@@ -109,9 +109,8 @@ def test_what_so_many_runs_can_tell(compare):
     text = compare.certainty("a", "b", ours, others, 2, 1)
     assert text.startswith("a less b is +1.00 [-1.31, +3.31] and can't be told from chance: 5 runs an arm tell")
     assert "of about 2.31." in text and text.endswith("about 40 runs an arm.")  # 15.7 times a variance of 2.5
-    assert "stands out" in compare.certainty(
-        "a", "b", ours + 1.5, others, 2, 1
-    )  # t(8) of 0.975 is 2.31, of 0.9917 3.02
+    # The standard error is 1; t(8) of 0.975 is 2.31, of 0.9917 3.02
+    assert "stands out" in compare.certainty("a", "b", ours + 1.5, others, 2, 1)
     assert "+2.50 [-0.52, +5.52] and can't" in compare.certainty("a", "b", ours + 1.5, others, 2, 3)  # the best of four
 
 
