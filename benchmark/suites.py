@@ -143,6 +143,23 @@ OTHERS = in_cells(
         for name, coef in (("SimSiam", "3"), ("CURL", "1"))
     }
 )
+# First-person 3D: short runs from a hallway to a room
+MINIWORLD = "ppo_pisco.py --eval-interval 4096 --eval-episodes 20"
+HALLWAY = encoder_of("miniworld-sources", "hallway", 2)
+
+
+def in_first_person(*rates):
+    """Three depths without and with the default loss, each at all rates."""
+    losses = (("", "--ssl none --learning-rate {}"), (" + loss", with_loss("pisco", coef="3", fraction="1", rate="{}")))
+    methods = {
+        f"{depth}{name}, {rate}": f"{DEPTHS[depth]} {flags.format(rate)}"
+        for depth in ("from scratch", "finetuned", "frozen bottom")
+        for name, flags in losses
+        for rate in rates
+    }
+    return with_encoder(methods, HALLWAY)
+
+
 AUGMENTED = in_cells(
     {
         f"finetuned on augmented images, rate {rate}": f"{DEPTHS['finetuned']} --learning-rate {rate}"
@@ -202,6 +219,20 @@ SUITES = {
                 ("loss, twice as long", f"{WITH_AND_WITHOUT['from scratch + loss']} --total-timesteps 614400"),
             )
         },
+    },
+    # Does an encoder help in first-person 3D? Its source, and rates in a smaller room
+    "miniworld-sources": {
+        "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-Hallway-v0",
+        "encoders": True,
+        "n": 1,
+        "first_seed": 2,
+        "methods": {"hallway": f"{SCRATCH} --ssl none --learning-rate 1e-3"},
+    },
+    "miniworld-rates": {
+        "program": f"{MINIWORLD} --total-timesteps 20480 --env-id miniworld:MiniWorld-OneRoomS6-v0",
+        "n": 1,
+        "first_seed": 201,
+        "methods": in_first_person("3e-4", "1e-3", "3e-3"),
     },
     # The encoders of the suites over cells, two seeds for every split, and a large one.
     "jump-sources": {
