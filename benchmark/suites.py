@@ -145,7 +145,7 @@ OTHERS = in_cells(
 )
 # First-person 3D: short runs from a hallway to a room
 MINIWORLD = "ppo_pisco.py --eval-interval 4096 --eval-episodes 20"
-HALLWAY = encoder_of("miniworld-sources", "hallway", 2)
+HALLWAY = encoder_of("miniworld-sources", "hallway", 3)
 
 
 def in_first_person(*rates):
@@ -224,7 +224,7 @@ SUITES = {
     "miniworld-sources": {
         "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-Hallway-v0",
         "encoders": True,
-        "n": 1,
+        "n": 2,
         "first_seed": 2,
         "methods": {"hallway": f"{SCRATCH} --ssl none --learning-rate 1e-3"},
     },
