@@ -116,8 +116,13 @@ RATES_OF_TWO = {f"no loss, rate {r}": f"--ssl none --learning-rate {r}" for r in
 OTHER_LOSSES = {f"{kind}, weight {c}": with_loss(kind, "mlp", c, "1") for kind in ("simsiam", "curl") for c in (
     "0.1", "0.3", "1", "3",
 )}  # fmt: skip
+ANNEALED = {f"no loss, annealed, rate {r}": f"--ssl none --anneal-lr --learning-rate {r}" for r in ("3e-3", "1e-2")} | {
+    f"none, weight 3, whole minibatch, annealed, rate {r}": with_loss("pisco", coef="3", fraction="1", rate=r)
+    + " --anneal-lr"
+    for r in ("3e-3", "1e-2")
+}
 FOR_SCRATCH = [f"{x}, weight {c}" for x, c in (("none", "1"), ("residual", "1"), ("none", "3"))]
-FOR_SCRATCH += [*(name for name in SETTINGS if "whole" in name), *RATES_OF_TWO]
+FOR_SCRATCH += [*(name for name in SETTINGS if "whole" in name), *RATES_OF_TWO, *ANNEALED]
 
 WITH_AND_WITHOUT = {  # each with the rate that jump-settings has chosen for it, the same at all depths
     f"{depth}{name}": f"{DEPTHS[depth]} {flags}"
@@ -179,7 +184,7 @@ SUITES = {
         "program": f"ppo_pisco.py --jump-tasks {LIFTED} --jump-eval-tasks {LIFTED_GRID} --eval-interval 20480",
         "methods": {
             f"{depth}, {name}": f"{freezing} {loss}"
-            for settings in (SETTINGS, RATES_OF_TWO, OTHER_LOSSES)
+            for settings in (SETTINGS, RATES_OF_TWO, ANNEALED, OTHER_LOSSES)
             for name, loss in settings.items()
             for depth, freezing in DEPTHS.items()
             if depth != "from scratch" or name in FOR_SCRATCH

@@ -69,8 +69,10 @@ def kept(runner, run, cpus=2):
 # What each suite's flags come to, all arguments of all methods: a change of a default would make kept results another
 # command's. Print `digest(suite)` for a new suite with results.
 DIGESTS = {
-    "jump-settings": "5f3cd841afa3",
+    "jump-settings": "e15d5aaa6170",
     "jump-unseen": "c352b34a4930",
+    "jump-18": "d85750ad5d80",
+    "miniworld-sources": "2c1382cc8b57",
     "jump-sources": "9c7262f69d73",
     "jump-impala-sources": "12012d95b256",
     "dmc-small": "2a0ad869bc09",
