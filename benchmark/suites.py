@@ -153,16 +153,11 @@ MINIWORLD = "ppo_pisco.py --eval-interval 4096 --eval-episodes 20"
 HALLWAY = encoder_of("miniworld-sources", "hallway", 3)
 
 
-def in_first_person(*rates):
-    """Three depths without and with the default loss, each at all rates."""
-    losses = (("", "--ssl none --learning-rate {}"), (" + loss", with_loss("pisco", coef="3", fraction="1", rate="{}")))
-    methods = {
-        f"{depth}{name}, {rate}": f"{DEPTHS[depth]} {flags.format(rate)}"
-        for depth in ("from scratch", "finetuned", "frozen bottom")
-        for name, flags in losses
-        for rate in rates
-    }
-    return with_encoder(methods, HALLWAY)
+def in_first_person(rate, rate_of_loss):
+    """Three depths, without a loss and with the default one, at a rate each."""
+    losses = {"": f"--ssl none --learning-rate {rate}", " + loss": with_loss("pisco", "none", "3", "1", rate_of_loss)}
+    names = {f"{x}{loss}": f"{DEPTHS[x]} {flags}" for x in DEPTHS for loss, flags in losses.items()}
+    return with_encoder(names, HALLWAY)
 
 
 AUGMENTED = in_cells(
@@ -225,7 +220,13 @@ SUITES = {
             )
         },
     },
-    # Does an encoder help in first-person 3D? Its source, and rates in a smaller room
+    # Does an encoder help in first-person 3D? From a hallway to a room, with rates chosen in a smaller one
+    "miniworld": {
+        "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-OneRoom-v0",
+        "n": 5,
+        "first_seed": 301,
+        "methods": in_first_person("1e-3", "1e-3"),
+    },
     "miniworld-sources": {
         "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-Hallway-v0",
         "encoders": True,
@@ -237,7 +238,11 @@ SUITES = {
         "program": f"{MINIWORLD} --total-timesteps 20480 --env-id miniworld:MiniWorld-OneRoomS6-v0",
         "n": 1,
         "first_seed": 201,
-        "methods": in_first_person("3e-4", "1e-3", "3e-3"),
+        "methods": {
+            f"{name}, {rate}": flags
+            for rate in ("3e-4", "1e-3", "3e-3")
+            for name, flags in in_first_person(rate, rate).items()
+        },
     },
     # The encoders of the suites over cells, two seeds for every split, and a large one.
     "jump-sources": {
