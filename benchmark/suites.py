@@ -150,14 +150,13 @@ OTHERS = in_cells(
 )
 # First-person 3D: short runs from a hallway to a room
 MINIWORLD = "ppo_pisco.py --eval-interval 4096 --eval-episodes 20"
-HALLWAY = encoder_of("miniworld-sources", "hallway", 3)
 
 
-def in_first_person(rate, rate_of_loss):
+def in_first_person(rate, rate_of_loss, encoder=3):
     """Three depths, without a loss and with the default one, at a rate each."""
     losses = {"": f"--ssl none --learning-rate {rate}", " + loss": with_loss("pisco", "none", "3", "1", rate_of_loss)}
     names = {f"{x}{loss}": f"{DEPTHS[x]} {flags}" for x in DEPTHS for loss, flags in losses.items()}
-    return with_encoder(names, HALLWAY)
+    return with_encoder(names, encoder_of("miniworld-sources", "hallway", encoder))
 
 
 AUGMENTED = in_cells(
@@ -227,10 +226,21 @@ SUITES = {
         "first_seed": 301,
         "methods": in_first_person("1e-3", "1e-3"),
     },
+    # And with four more encoders?
+    "miniworld-encoders": {
+        "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-OneRoom-v0",
+        "n": 2,
+        "first_seed": 306,
+        "methods": {
+            f"{name}, encoder {encoder}": in_first_person("1e-3", "1e-3", encoder)[name]
+            for name in ("finetuned", "frozen bottom")
+            for encoder in (4, 5, 6, 7)
+        },
+    },
     "miniworld-sources": {
         "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-Hallway-v0",
         "encoders": True,
-        "n": 2,
+        "n": 6,
         "first_seed": 2,
         "methods": {"hallway": f"{SCRATCH} --ssl none --learning-rate 1e-3"},
     },
@@ -333,6 +343,7 @@ FAMILIES = {
         )
     },
     "freezing again": {"freezing the bottom gains": [("jump-unseen", BOTTOM + x, FINETUNED + x, 0.0) for x in AGAIN]},
+    "first person": {"a frozen bottom gains": [("miniworld", BOTTOM, FROM_SCRATCH, 0.0)]},
     "18 tasks": {"the loss solves the other 268": [("jump-18", "loss", "no loss", 0.0)]},
 }
 AT_THE_END = ("unseen", "18 tasks")  # families judged by the last evaluation, others by the mean over the run
@@ -350,6 +361,7 @@ PANELS = {  # a suite's learning curves: {title: {label: method}}, or all method
         for title, plus in (("without a loss", ""), ("with PiSCO", " + PiSCO"))
     },
     "dmc-sparse": {},
+    "miniworld": {},
 }
 GRIDS = {  # the README's first picture, Jump's tasks: {title: (suite, methods, tasks that they were trained on)}
     "solved": {
