@@ -361,7 +361,10 @@ PANELS = {  # a suite's learning curves: {title: {label: method}}, or all method
         for title, plus in (("without a loss", ""), ("with PiSCO", " + PiSCO"))
     },
     "dmc-sparse": {},
-    "miniworld": {},
+    "miniworld": {
+        title: {depth: f"{depth}{plus}" for depth in DEPTHS}
+        for title, plus in (("without a loss", ""), ("with the loss", " + loss"))
+    },
 }
 GRIDS = {  # the README's first picture, Jump's tasks: {title: (suite, methods, tasks that they were trained on)}
     "solved": {

@@ -195,6 +195,14 @@ def test_suite_is_judged_when_it_has_all_its_seeds(plot, kept, tmp_path, monkeyp
     assert plot.read_scores("cells") == {}
 
 
+def test_gains_in_return_are_shares_of_the_suites_highest(kept, monkeypatch):
+    runs = {"a": {1: ({}, [{"greedy_return": "0.5"}])}}
+    monkeypatch.setattr(kept, "read_kept", lambda suite: runs)
+    assert [(x.digits, x.highest) for x in map(kept.scale_of, ("dmc-sparse", "miniworld"))] == [(2, 1000), (2, 1)]
+    runs["a"][1][1][0]["greedy_return"] = "500"
+    assert kept.scale_of("dmc-sparse").digits == 0
+
+
 def test_scores_at_equal_minutes_by_hand(plot):
     """The faster method's runs in the two cells are done by minute 2 and 4, by when the slower one's have their first
     score or none."""
