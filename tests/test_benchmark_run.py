@@ -73,6 +73,7 @@ DIGESTS = {
     "jump-unseen": "c352b34a4930",
     "jump-18": "d85750ad5d80",
     "miniworld": "f172b7683379",
+    "miniworld-encoders": "d534ff54722a",
     "miniworld-sources": "2c1382cc8b57",
     "miniworld-rates": "f879e30c7654",
     "jump-sources": "9c7262f69d73",
