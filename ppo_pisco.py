@@ -127,8 +127,8 @@ PROCGEN = {
     "encoder": "impala", "feature_dim": 256, "total_timesteps": 25_000_000, "learning_rate": 5e-4, "anneal_lr": False,
     "gamma": 0.999, "num_envs": 64, "num_steps": 256, "num_minibatches": 8, "update_epochs": 3, "clip_coef": 0.2,
 }  # fmt: skip
-WORLD = {"total_timesteps": 500_000, "eval_interval": 50_000, "learning_rate": 1e-3}  # on top of Atari's, by our trials
-DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN), ("miniworld.*", WORLD)]
+ROOM = {"total_timesteps": 500_000, "eval_interval": 50_000, "learning_rate": 1e-3}  # our choice
+DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN), ("miniworld:.*", ROOM)]
 
 
 def parse_args(argv=None):

@@ -76,9 +76,10 @@ def read_kept(suite):
 
 
 def scale_of(suite):
-    """The scale of a suite's scores: success where there is one, else the return, with decimals where it is small."""
+    """The scale of a suite's scores: success where there is one, else MiniWorld's return, or another one, with decimals
+    where it is small."""
     _, rows = next(iter(next(iter(read_kept(suite).values())).values()))
-    if str(suite).startswith("miniworld"):
+    if Path(suite).name.startswith("miniworld"):
         return RETURN_IN_ROOMS
     small = all(abs(float(row["greedy_return"])) < 100 for row in rows)
     return SUCCESS if rows[-1].get(SUCCESS.column) else RETURN._replace(digits=2 if small else 0)

@@ -283,7 +283,7 @@ def execute(command, flags, work, cpus):
         process = subprocess.run(
             [sys.executable, flags[0], *further], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
             preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG (Linux): it ends with Ray's worker
-            env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "LP_NUM_THREADS"), str(threads(cpus))),  # LP: Mesa draws
+            env=os.environ | dict.fromkeys(("OMP_NUM_THREADS", "LP_NUM_THREADS"), str(threads(cpus))),  # Mesa draws too
         )  # fmt: skip
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     about = {

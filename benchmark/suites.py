@@ -150,11 +150,12 @@ OTHERS = in_cells(
 )
 # First-person 3D: short runs from a hallway to a room
 MINIWORLD = "ppo_pisco.py --eval-interval 4096 --eval-episodes 20"
+MINIWORLD_ROOM = f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-OneRoom-v0"
 
 
-def in_first_person(rate, rate_of_loss, encoder=3):
-    """Three depths, without a loss and with the default one, at a rate each."""
-    losses = {"": f"--ssl none --learning-rate {rate}", " + loss": with_loss("pisco", "none", "3", "1", rate_of_loss)}
+def in_first_person(rate="1e-3", encoder=3):
+    """Three depths, without a loss and with the default one."""
+    losses = {"": f"--ssl none --learning-rate {rate}", " + loss": with_loss("pisco", "none", "3", "1", rate)}
     names = {f"{x}{loss}": f"{DEPTHS[x]} {flags}" for x in DEPTHS for loss, flags in losses.items()}
     return with_encoder(names, encoder_of("miniworld-sources", "hallway", encoder))
 
@@ -221,18 +222,18 @@ SUITES = {
     },
     # Does an encoder help in first-person 3D? From a hallway to a room, with rates chosen in a smaller one
     "miniworld": {
-        "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-OneRoom-v0",
+        "program": MINIWORLD_ROOM,
         "n": 5,
         "first_seed": 301,
-        "methods": in_first_person("1e-3", "1e-3"),
+        "methods": in_first_person(),
     },
     # And with four more encoders?
     "miniworld-encoders": {
-        "program": f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-OneRoom-v0",
+        "program": MINIWORLD_ROOM,
         "n": 2,
         "first_seed": 306,
         "methods": {
-            f"{name}, encoder {encoder}": in_first_person("1e-3", "1e-3", encoder)[name]
+            f"{name}, encoder {encoder}": in_first_person(encoder=encoder)[name]
             for name in ("finetuned", "frozen bottom")
             for encoder in (4, 5, 6, 7)
         },
@@ -251,7 +252,7 @@ SUITES = {
         "methods": {
             f"{name}, {rate}": flags
             for rate in ("3e-4", "1e-3", "3e-3")
-            for name, flags in in_first_person(rate, rate).items()
+            for name, flags in in_first_person(rate).items()
         },
     },
     # The encoders of the suites over cells, two seeds for every split, and a large one.

@@ -195,7 +195,7 @@ def test_suite_is_judged_when_it_has_all_its_seeds(plot, kept, tmp_path, monkeyp
     assert plot.read_scores("cells") == {}
 
 
-def test_gains_in_return_are_shares_of_the_suites_highest(kept, monkeypatch):
+def test_returns_have_the_scale_of_their_suite(kept, monkeypatch):
     runs = {"a": {1: ({}, [{"greedy_return": "0.5"}])}}
     monkeypatch.setattr(kept, "read_kept", lambda suite: runs)
     assert [(x.digits, x.highest) for x in map(kept.scale_of, ("dmc-sparse", "miniworld"))] == [(2, 1000), (2, 1)]

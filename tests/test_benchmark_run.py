@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ folder.mkdir(parents=True, exist_ok=True)
 (folder / "args.json").write_text("{}")
 with open(folder / "calls.txt", "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ["OMP_NUM_THREADS"]]) + "\\n")
+assert os.environ["LP_NUM_THREADS"] == os.environ["OMP_NUM_THREADS"]
 print("some output")
 if "--fail" in words and "--resume" not in words:
     sys.exit(3)
@@ -147,9 +149,10 @@ def test_every_suite_in_the_results_has_a_protocol_and_both_tables(runner):
 
 def test_an_encoder_is_the_same_in_all_kept_runs(runner):
     """One that was made again on another machine is another encoder under the same name. jump-noise's heads begin with
-    encoders of jump-cells' runs, which are not kept."""
+    encoders of jump-cells' runs and miniworld-encoders with others, which are not kept."""
     found = {}
-    for table in runner.RESULTS_OF_PAGE.glob("jump-*/runs.csv"):
+    tables = [runner.RESULTS_OF_PAGE.glob(f"{name}/runs.csv") for name in ("jump-*", "miniworld", "miniworld-rates")]
+    for table in itertools.chain(*tables):
         for row in runner.read_runs(table.parent).values():
             if row["encoder_sha256"] and table.parent.name != "jump-noise":
                 command = row["command"].split()
@@ -160,7 +163,7 @@ def test_an_encoder_is_the_same_in_all_kept_runs(runner):
                     file = f"benchmark/results/{suite}/encoders/{method}__{seed}.safetensors"
                 found.setdefault(file, set()).add(row["encoder_sha256"])
     assert found == {file: {hashlib.sha256((ROOT / file).read_bytes()).hexdigest()} for file in found}
-    assert len(found) >= 8 + 2
+    assert len(found) >= 8 + 2 + 1
 
 
 def test_a_cells_runs_differ_in_nothing_but_method_and_seed(runner):
