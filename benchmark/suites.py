@@ -124,14 +124,15 @@ ANNEALED = {f"no loss, annealed, rate {r}": f"--ssl none --anneal-lr --learning-
 FOR_SCRATCH = [f"{x}, weight {c}" for x, c in (("none", "1"), ("residual", "1"), ("none", "3"))]
 FOR_SCRATCH += [*(name for name in SETTINGS if "whole" in name), *RATES_OF_TWO, *ANNEALED]
 
-WITH_AND_WITHOUT = {  # each with the rate that jump-settings has chosen for it, the same at all depths
-    f"{depth}{name}": f"{DEPTHS[depth]} {flags}"
-    for depth in ("finetuned", "frozen bottom", "from scratch")
-    for name, flags in (
-        ("", "--ssl none --learning-rate 3e-3"),
-        (" + loss", with_loss("pisco", coef="3", fraction="1", rate="1e-3")),
-    )
-}
+
+def with_and_without(depths, rate, rate_of_loss):
+    """{"DEPTH", "DEPTH + loss": flags} of the depths, without a loss and with the default one, each at its rate."""
+    losses = {"": f"--ssl none --learning-rate {rate}", " + loss": with_loss("pisco", "none", "3", "1", rate_of_loss)}
+    return {f"{x}{loss}": f"{DEPTHS[x]} {flags}" for x in depths for loss, flags in losses.items()}
+
+
+# Rates that jump-settings has chosen, the same at all depths
+WITH_AND_WITHOUT = with_and_without(("finetuned", "frozen bottom", "from scratch"), "3e-3", "1e-3")
 IN_CELLS = in_cells(WITH_AND_WITHOUT)
 # Rates are those of jump-loss-rates and jump-rates, weights of SimSiam and CURL those of jump-settings
 PAGES = "--ssl pisco --ssl-teacher view --projector mlp --ssl-coef 0.1 --ssl-fraction 1"  # the paper's pseudocode
@@ -148,24 +149,20 @@ OTHERS = in_cells(
         for name, coef in (("SimSiam", "3"), ("CURL", "1"))
     }
 )
-# First-person 3D: short runs from a hallway to a room
-MINIWORLD = "ppo_pisco.py --eval-interval 4096 --eval-episodes 20"
-MINIWORLD_ROOM = f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-OneRoom-v0"
-
-
-def in_first_person(rate="1e-3", encoder=3):
-    """Three depths, without a loss and with the default one."""
-    losses = {"": f"--ssl none --learning-rate {rate}", " + loss": with_loss("pisco", "none", "3", "1", rate)}
-    names = {f"{x}{loss}": f"{DEPTHS[x]} {flags}" for x in DEPTHS for loss, flags in losses.items()}
-    return with_encoder(names, encoder_of("miniworld-sources", "hallway", encoder))
-
-
 AUGMENTED = in_cells(
     {
         f"finetuned on augmented images, rate {rate}": f"{DEPTHS['finetuned']} --learning-rate {rate}"
         for rate in ("1e-3", "3e-3")
     }
 )
+# First-person 3D: short runs from a hallway to a room
+MINIWORLD = "ppo_pisco.py --eval-interval 4096 --eval-episodes 20"
+MINIWORLD_ROOM = f"{MINIWORLD} --total-timesteps 40960 --env-id miniworld:MiniWorld-OneRoom-v0"
+
+
+def in_first_person(rate="1e-3", encoder=3):
+    """Three depths without and with the default loss, from an encoder of the hallway."""
+    return with_encoder(with_and_without(DEPTHS, rate, rate), encoder_of("miniworld-sources", "hallway", encoder))
 
 
 SUITES = {

@@ -73,7 +73,7 @@ PROCGEN = ATARI | {
     "anneal_lr": False, "clip_coef": 0.2, "gamma": 0.999, "feature_dim": 256, "encoder": "impala",
     "total_timesteps": 25_000_000,
 }  # fmt: skip
-WORLD = {"total_timesteps": 500_000, "eval_interval": 50_000, "learning_rate": 1e-3}
+ROOM = {"total_timesteps": 500_000, "eval_interval": 50_000, "learning_rate": 1e-3}
 JUMP = {
     "num_envs": 32, "num_steps": 64, "num_minibatches": 8, "update_epochs": 3, "learning_rate": 1e-3,
     "anneal_lr": False, "clip_coef": 0.2, "ent_coef": 0.01, "gamma": 0.99, "feature_dim": 256, "encoder": "nature",
@@ -89,7 +89,7 @@ JUMP = {
         ("Jump-v0", JUMP),
         ("Pong-v5", ATARI),
         ("TinyImage-v0", ATARI),
-        ("miniworld:MiniWorld-FourRooms-v0", ATARI | WORLD),
+        ("miniworld:MiniWorld-FourRooms-v0", ATARI | ROOM),
         *((f"{name}-v0", PROCGEN) for name in ("CoinrunEasy", "BigfishHard", "MazeExploration")),
         *((f"{name}-v0", PROCGEN) for name in ("ChaserExtreme", "CaveflyerMemory")),
     ],
