@@ -76,10 +76,10 @@ class Args:
 
     # Environment
     env_id: str = "cartpole-swingup"  # domain-task of the DeepMind Control suite, or manipulation-reach_duplo
-    image_size: int = 84  # height and width of an image in pixels
+    image_size: int = 84  # height and width of an image in pixels (manipulation: always 84)
     frame_stack: int = 3  # images that make an observation
     action_repeat: int = 2  # frames for which every action is repeated
-    render_quality: Literal["standard", "fast"] = "standard"  # fast: no shadows, reflections and multisampling
+    render_quality: Literal["standard", "fast"] = "standard"  # fast: no shadows, reflections, multisampling (suite)
 
     # Encoder
     encoder: str = "drqv2"  # architecture: drqv2, or a model of timm such as timm:resnet18
@@ -93,10 +93,10 @@ class Args:
     ssl_coef: float = 100.0  # weight lambda of the self-supervised loss; losses/ssl_grad_share tells what it comes to
     ssl_fraction: float = 0.2  # share of every batch on which the self-supervised loss is computed
     pisco_std: float | Literal["schedule"] = 1.0  # sigma of the policies compared (`schedule`: the exploration's)
-    augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
+    augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A, of the critics' and actor's images too
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector, which simsiam always has, as it collapses without one
+    projector_dim: int = 256  # hidden width of the projector; simsiam always has one, else it collapses, curl a matrix
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per update
 
     # DrQ-v2
@@ -539,8 +539,8 @@ class Replay:
     ones. A resumed run gives up what the killed one has overwritten since its checkpoint, so that it ends bitwise the
     same only as long as the ring is not full."""
 
-    def __init__(self, path, rows, frame_shape, action_dim, seed):
-        columns = [("index", "i8"), ("frame", "u1", frame_shape), ("action", "f4", (action_dim,))]
+    def __init__(self, path, rows, image_shape, action_dim, seed):
+        columns = [("index", "i8"), ("image", "u1", image_shape), ("action", "f4", (action_dim,))]
         dtype = np.dtype([*columns, ("reward", "f4"), ("end", "?")], align=True)
         # A full disk is noticed here, not by a crash later. Open for appending, a file lacks the C library's fall-back.
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
@@ -549,18 +549,18 @@ class Replay:
             else:  # macOS
                 file.truncate(rows * dtype.itemsize)
         self.rows, self.data = rows, np.memmap(path, dtype, "r+", shape=(rows,))
-        self.frames = torch.from_numpy(self.data["frame"])  # (rows, C, H, W) uint8
+        self.images = torch.from_numpy(self.data["image"])  # (rows, C, H, W) uint8
         self.head = self.start = 0  # rows written; first row of the unfinished episode
         self.episodes = []  # [first row, steps] of every episode that can be sampled
         self.generator = np.random.default_rng(seed)
 
-    def add(self, frame, action=0.0, reward=0.0, terminated=False):
+    def add(self, image, action=0.0, reward=0.0, terminated=False):
         """Appends an image (C, H, W) uint8 and the step that led to it; an episode's first image comes without."""
         if self.episodes and self.episodes[0][0] <= self.head - self.rows:  # its first row is overwritten now
             self.episodes.pop(0)
         row = self.data[self.head % self.rows :][:1]
         row["index"] = -1  # a kill from here on leaves a row that is neither the old one nor the new one
-        row["frame"], row["action"], row["reward"], row["end"] = frame, action, reward, terminated
+        row["image"], row["action"], row["reward"], row["end"] = image, action, reward, terminated
         row["index"] = self.head
         self.head += 1
 
@@ -579,9 +579,9 @@ class Replay:
     def stacks(self, rows, first, frame_stack, device="cpu"):
         """Observations (B, C * frame_stack, H, W) uint8 that end with `rows`; before `first` its image is repeated."""
         index = np.maximum(rows[:, None] + np.arange(1 - frame_stack, 1), first[:, None]) % self.rows  # (B, stack)
-        images = self.frames.new_empty(index.size, *self.frames.shape[1:], pin_memory="cuda" in str(device))
-        torch.index_select(self.frames, 0, torch.from_numpy(index.ravel()), out=images)  # no copy to pin
-        return images.view(len(rows), -1, *self.frames.shape[2:])
+        images = self.images.new_empty(index.size, *self.images.shape[1:], pin_memory="cuda" in str(device))
+        torch.index_select(self.images, 0, torch.from_numpy(index.ravel()), out=images)  # no copy to pin
+        return images.view(len(rows), -1, *self.images.shape[2:])
 
     def sample(self, args, device):
         """A batch on the device: obs, actions (B, A), n-step rewards (B, 1), discounts (B, 1) and next obs."""
@@ -706,18 +706,18 @@ def mean_statistics(history):
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
-def play_episode(agent, env, args, device, seed, frames=None):
+def play_episode(agent, env, args, device, seed, images=None):
     """Return and length in steps of an episode played with the policy's mean. Its images (C, H, W) uint8 are added to
-    `frames`, where given, thinned out to 160 pixels at most."""
-    frame, _ = env.reset(seed=seed)
-    obs = np.concatenate([frame] * args.frame_stack)  # (C * frame_stack, H, W) uint8
-    thin = math.ceil(max(frame.shape[1:]) / 160)
+    `images`, where given, thinned out to 160 pixels at most."""
+    image, _ = env.reset(seed=seed)
+    obs = np.concatenate([image] * args.frame_stack)  # (C * frame_stack, H, W) uint8
+    thin = math.ceil(max(image.shape[1:]) / 160)
     total = 0.0
     for length in range(1, args.eval_max_steps + 1):
-        if frames is not None and len(frames) < 1000:
-            frames.append(frame[:, ::thin, ::thin].copy())
-        frame, reward, terminated, truncated, _ = env.step(act(agent, obs, device))
-        obs, total = np.concatenate([obs[len(frame) :], frame]), total + float(reward)
+        if images is not None and len(images) < 1000:
+            images.append(image[:, ::thin, ::thin].copy())
+        image, reward, terminated, truncated, _ = env.step(act(agent, obs, device))
+        obs, total = np.concatenate([obs[len(image) :], image]), total + float(reward)
         if terminated or truncated:
             return total, length
     print(f"evaluation: an episode was cut off after {length} steps")
@@ -726,24 +726,24 @@ def play_episode(agent, env, args, device, seed, frames=None):
 
 def evaluate(agent, args, device, global_step, folder):
     """Plays episodes, writes evaluation.json and on request a GIF, and returns the averages by metric name."""
-    env, episodes, frames = make_env(args), [], []
+    env, episodes, images = make_env(args), [], []
     seeds = np.random.SeedSequence([args.seed, global_step]).generate_state(args.eval_episodes)  # of this seed alone
     for i, seed in enumerate(seeds.tolist()):
-        episodes.append(play_episode(agent, env, args, device, seed, frames if args.capture_video and not i else None))
+        episodes.append(play_episode(agent, env, args, device, seed, images if args.capture_video and not i else None))
     env.close()
     returns, lengths = zip(*episodes)
     metrics = {"eval/greedy_return": float(np.mean(returns)), "eval/greedy_length": float(np.mean(lengths))}
     results = {"global_step": global_step, "env_id": args.env_id, "return": returns, "length": lengths}
     write_atomically(folder / "evaluation.json", json.dumps(results | {"metrics": metrics}, indent=1).encode())
-    if frames:
-        write_gif(folder / f"evaluation_{global_step}.gif", frames)
+    if images:
+        write_gif(folder / f"evaluation_{global_step}.gif", images)
     return metrics
 
 
-def write_gif(path, frames):
-    """GIF, twice as large, of the newest frames of observations [(C, H, W) uint8, ...]."""
-    newest = [frame[-3:] if len(frame) % 3 == 0 else frame[-1:].repeat(3, 0) for frame in frames]  # threes are colours
-    first, *rest = (Image.fromarray(frame.transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)) for frame in newest)
+def write_gif(path, images):
+    """GIF, twice as large, of the newest images of observations [(C, H, W) uint8, ...]."""
+    newest = [image[-3:] if len(image) % 3 == 0 else image[-1:].repeat(3, 0) for image in images]  # threes are colours
+    first, *rest = (Image.fromarray(image.transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)) for image in newest)
     first.save(path, save_all=True, append_images=rest, duration=50, loop=0)
 
 
@@ -827,7 +827,7 @@ def train(args, program=(__file__,)):
     step = state["step"] if state else 0
     env = make_env(args)
     env.reset(seed=args.seed + step)  # another seed after a resume
-    channels, *size = frame_shape = env.observation_space.shape
+    channels, *size = image_shape = env.observation_space.shape
     obs_shape, action_dim = (args.frame_stack * channels, *size), env.action_space.shape[0]
     encoder = make_encoder(args, obs_shape, args.frame_stack, resuming=state is not None)
     agent = Agent(args, encoder, action_dim).to(device, memory_format=torch.channels_last)
@@ -845,8 +845,9 @@ def train(args, program=(__file__,)):
 
         about = {"project": args.wandb_project_name, "name": folder.name, "id": folder.name, "config": asdict(args)}
         wandb.init(**about, resume="allow", sync_tensorboard=True)
-    num_rows = min(args.replay_size, total_steps + total_steps // 100 + 1000)  # an episode's first image has one too
-    replay = Replay(folder / "replay.bin", num_rows, frame_shape, action_dim, args.seed)
+    # An episode's first image has a row too; a finished run that comes back to its last evaluation needs none.
+    num_rows = min(args.replay_size, total_steps + total_steps // 100 + 1000) if step < total_steps else 1
+    replay = Replay(folder / "replay.bin", num_rows, image_shape, action_dim, args.seed)
     row, rows_before, seconds = [state[name] for name in ("row", "rows_before", "seconds")] if state else ({}, 0, 0.0)
     if state:
         agent.load_state_dict(state["agent"])
@@ -889,9 +890,9 @@ def train(args, program=(__file__,)):
         if step == total_steps:
             break
         began, first_step = time.perf_counter(), step
-        frame, _ = env.reset()
-        replay.add(frame)
-        obs, episode_return, done, history = np.concatenate([frame] * args.frame_stack), 0.0, False, []
+        image, _ = env.reset()
+        replay.add(image)
+        obs, episode_return, done, history = np.concatenate([image] * args.frame_stack), 0.0, False, []
         once = {}
         # One that outgrows the ring, and so can't be sampled, is given up.
         while not done and step < total_steps and replay.head - replay.start <= replay.rows:
@@ -904,9 +905,9 @@ def train(args, program=(__file__,)):
                 batch = replay.sample(args, device)
                 measured = once if step % (100 * args.update_every) == 0 else None
                 history.append(update(agent, critic_optimizer, actor_optimizer, batch, std, args, measured))
-            frame, reward, terminated, truncated, _ = env.step(action)
-            replay.add(frame, action, reward, terminated)
-            obs = np.concatenate([obs[channels:], frame], dtype=np.uint8, casting="no")
+            image, reward, terminated, truncated, _ = env.step(action)
+            replay.add(image, action, reward, terminated)
+            obs = np.concatenate([obs[channels:], image], dtype=np.uint8, casting="no")
             step, episode_return, done = step + 1, episode_return + float(reward), terminated or truncated
             bar.update(args.action_repeat)
         seconds += time.perf_counter() - began
@@ -917,7 +918,7 @@ def train(args, program=(__file__,)):
         if unusable or last and not critic_optimizer.state:
             (folder / "replay.bin").unlink()
             raise SystemExit(
-                "--nstep, --replay-size: no finished episode has more steps than nstep and fits into the replay buffer"
+                "--total-frames, --nstep, --replay-size: no episode ends that has nstep steps and fits in the buffer"
             )
         row = {"global_step": after, "charts/SPS": after / seconds, "charts/stddev": std}
         if done:

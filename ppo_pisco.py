@@ -95,7 +95,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector, which simsiam always has, as it collapses without one
+    projector_dim: int = 256  # hidden width of the projector; simsiam always has one, else it collapses, curl a matrix
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per minibatch
 
     # PPO
@@ -128,7 +128,7 @@ PROCGEN = {
     "gamma": 0.999, "num_envs": 64, "num_steps": 256, "num_minibatches": 8, "update_epochs": 3, "clip_coef": 0.2,
 }  # fmt: skip
 ROOM = {"total_timesteps": 500_000, "eval_interval": 50_000, "learning_rate": 1e-3}  # our choice
-DEFAULTS = [("(?!Jump-v0).*", ATARI), (".*(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN), ("miniworld:.*", ROOM)]
+DEFAULTS = [("(?!Jump-v0).*", ATARI), (r"\w+(Easy|Hard|Extreme|Memory|Exploration)-v0", PROCGEN), ("miniworld.*", ROOM)]
 
 
 def parse_args(argv=None):
@@ -714,7 +714,7 @@ def update(agent, optimizer, rollout, next_value, args, measure=True):
     device = rollout.obs.device
     advantages, returns = compute_gae(rollout.rewards, rollout.values.cpu(), next_value.cpu(), rollout.terminated,
         rollout.truncated, args.gamma, args.gae_lambda)  # fmt: skip
-    # (T * N, H, W, C) uint8 and (T * N, H', W', C') or (T * N, D); None where no minibatch needs it
+    # (T * N, H, W, C) uint8 and (T * N, ...) as in the rollout; None where no minibatch needs it
     b_obs = None if agent.encoder.frozen and args.ssl == "none" else rollout.obs.flatten(0, 1)
     b_hidden = rollout.hidden.flatten(0, 1) if agent.encoder.frozen else None
     b_actions, b_logprobs, b_values = rollout.actions.flatten(), rollout.logprobs.flatten(), rollout.values.flatten()
@@ -727,7 +727,7 @@ def update(agent, optimizer, rollout, next_value, args, measure=True):
         order = valid_inds[torch.randperm(len(valid_inds))]
         order = order.repeat(math.ceil(len(b_actions) / len(order)))[: len(b_actions)].to(device)
         for mb_inds in order.chunk(args.num_minibatches):
-            # (B, C, H, W) and (B, C', H', W') or (B, D), whole images copied at once
+            # (B, C, H, W) and frozen_prefix's (B, ...), whole images copied at once
             mb_obs = None if b_obs is None else b_obs.index_select(0, mb_inds).movedim(-1, 1)
             mb_hidden = None if b_hidden is None else b_hidden.index_select(0, mb_inds).movedim(-1, 1)
             measured = measure and not history
@@ -765,16 +765,16 @@ def update(agent, optimizer, rollout, next_value, args, measure=True):
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def play_episodes(agent, envs, args, device, greedy, frames=None):
+def play_episodes(agent, envs, args, device, greedy, images=None):
     """The first episode of every copy: a list of dicts as in ImageEnvs.step, in the copies' order. The first copy's
-    observations (C, H, W) uint8 are appended to `frames`, where given, thinned out to 160 pixels at most."""
+    observations (C, H, W) uint8 are appended to `images`, where given, thinned out to 160 pixels at most."""
     generator = torch.Generator(device).manual_seed(args.seed + 1_000_003)  # leaves the training's alone
     obs = envs.reset({"task_ids": np.arange(envs.num_envs)} if envs.is_jump else None)
     episodes, limit = [None] * envs.num_envs, 2 * (envs.max_steps or 0) or args.eval_max_steps
     thin = math.ceil(max(envs.obs_shape[1:]) / 160)
     for _ in range(limit):  # a game that ends by itself needs a step more for every life
-        if frames is not None and episodes[0] is None and len(frames) < 1000:
-            frames.append(obs[0, :, ::thin, ::thin].copy())
+        if images is not None and episodes[0] is None and len(images) < 1000:
+            images.append(obs[0, :, ::thin, ::thin].copy())
         playing = [i for i, episode in enumerate(episodes) if episode is None]  # the policy need not see the others
         logits, _ = agent(torch.as_tensor(obs[playing], device=device))
         action = logits.argmax(-1) if greedy else sample(logits.softmax(-1), generator)
@@ -794,10 +794,10 @@ def evaluate(agent, args, device, global_step, folder):
     """Plays greedy and sampled episodes, writes evaluation.json and pictures, and returns the averages by name."""
     is_jump = args.env_id == "Jump-v0"
     trained, tasks = jump_tasks(args) if is_jump else ([], [])
-    results, metrics, frames = {"global_step": global_step, "env_id": args.env_id}, {}, []
+    results, metrics, images = {"global_step": global_step, "env_id": args.env_id}, {}, []
     for policy in ("greedy", "sampled"):
         envs, greedy = ImageEnvs(args, len(tasks) or args.eval_episodes, evaluation=True), policy == "greedy"
-        episodes = play_episodes(agent, envs, args, device, greedy, frames if args.capture_video and greedy else None)
+        episodes = play_episodes(agent, envs, args, device, greedy, images if args.capture_video and greedy else None)
         envs.envs.close()
         results[policy] = {key: [e[key] for e in episodes[: len(trained) or None]] for key in ("return", "length")}
         metrics[f"eval/{policy}_return"] = float(np.mean(results[policy]["return"]))
@@ -816,15 +816,15 @@ def evaluate(agent, args, device, global_step, folder):
         for x, y in trained:
             image[-1 - rows.index(y), columns.index(x), 2] = 0
         Image.fromarray(image.repeat(16, 0).repeat(16, 1)).save(folder / "solved.png")
-    if frames:
-        write_gif(folder / f"evaluation_{global_step}.gif", [frame[:, ::-1] if is_jump else frame for frame in frames])
+    if images:
+        write_gif(folder / f"evaluation_{global_step}.gif", [image[:, ::-1] if is_jump else image for image in images])
     return metrics
 
 
-def write_gif(path, frames):
-    """GIF, twice as large, of the newest frames of observations [(C, H, W) uint8, ...]."""
-    newest = [frame[-3:] if len(frame) % 3 == 0 else frame[-1:].repeat(3, 0) for frame in frames]  # threes are colours
-    first, *rest = (Image.fromarray(frame.transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)) for frame in newest)
+def write_gif(path, images):
+    """GIF, twice as large, of the newest images of observations [(C, H, W) uint8, ...]."""
+    newest = [image[-3:] if len(image) % 3 == 0 else image[-1:].repeat(3, 0) for image in images]  # threes are colours
+    first, *rest = (Image.fromarray(image.transpose(1, 2, 0).repeat(2, 0).repeat(2, 1)) for image in newest)
     first.save(path, save_all=True, append_images=rest, duration=50, loop=0)
 
 
@@ -894,7 +894,7 @@ def train(args, program=(__file__,)):
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     if batch_size % args.num_minibatches or batch_size < 2 * args.num_minibatches:
-        raise SystemExit(f"--num-minibatches: must cut num_envs * num_steps = {batch_size} into equal parts, 2 or more")
+        raise SystemExit(f"--num-minibatches: cut num_envs * num_steps = {batch_size} into equal parts of 2 or more")
     if not num_iterations:
         raise SystemExit(f"--total-timesteps {args.total_timesteps}: less than num_envs * num_steps = {batch_size}")
     if not 0 <= args.ssl_fraction <= 1:

@@ -80,7 +80,7 @@ class FrameArgs(Args):
     num_frames: int = 20_000  # images that are rendered; --frames takes all there are
     frame_stack: int = 1  # images that make an observation; Jump-v0 has one
     image_size: int = 84  # DeepMind Control: height and width of an image in pixels
-    action_repeat: int = 2  # DeepMind Control: steps of the environment for which every action is repeated
+    action_repeat: int = 2  # DeepMind Control: frames for which every action is repeated
     render_quality: Literal["standard", "fast"] = "standard"  # DeepMind Control: choose what drqv2_pisco.py will see
 
     # Encoder

@@ -229,7 +229,7 @@ def test_ring_where_the_file_system_cannot_allocate(tmp_path, monkeypatch):
         replay = Replay(tmp_path / "replay.bin", 5, (1, 70, 70), 2, seed=0)
         for value in range(images):
             replay.add(np.full((1, 70, 70), 7 + value, np.uint8))
-        assert replay.data["frame"][:2].mean(axis=(1, 2, 3)).tolist() == [7, 8] and len(replay.data) == 5
+        assert replay.data["image"][:2].mean(axis=(1, 2, 3)).tolist() == [7, 8] and len(replay.data) == 5
 
 
 def test_images_are_gathered_where_the_device_fetches_them(tmp_path, monkeypatch):

@@ -678,9 +678,12 @@ def test_killed_run_whose_ring_has_gone_round(tmp_path, monkeypatch, nth):
     assert max(float(row["charts/replay_steps"] or 0) for row in rows) <= 60
 
 
-def test_finished_run_is_left_as_it_is(finished, tmp_path):
+def test_finished_run_is_left_as_it_is(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "copy")
+    asked, real = [], drqv2_pisco.Replay
+    monkeypatch.setattr(drqv2_pisco, "Replay", lambda path, rows, *rest: asked.append(rows) or real(path, rows, *rest))
     assert_same_end(resume(tmp_path / "copy"), finished)
+    assert asked == [1]  # no room for a buffer that nothing is put in
     assert not (tmp_path / "copy" / "replay.bin").exists()
 
 

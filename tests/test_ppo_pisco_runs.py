@@ -89,6 +89,7 @@ JUMP = {
         ("Jump-v0", JUMP),
         ("Pong-v5", ATARI),
         ("TinyImage-v0", ATARI),
+        ("my_game:MazeHard-v0", ATARI),
         ("miniworld:MiniWorld-FourRooms-v0", ATARI | ROOM),
         *((f"{name}-v0", PROCGEN) for name in ("CoinrunEasy", "BigfishHard", "MazeExploration")),
         *((f"{name}-v0", PROCGEN) for name in ("ChaserExtreme", "CaveflyerMemory")),
