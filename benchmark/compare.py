@@ -61,10 +61,10 @@ def parse_args(argv):
         fail("--seeds, --rate-seeds and --cpus must be positive, --gpus not negative")
     args.results = args.results.resolve()
     flags, several = group(argv[end + 1 :]), group(words)
-    for flag, values in (flags | several).items():
+    for flag, values in (found := {f: flags.get(f, []) + several.get(f, []) for f in flags | several}).items():
         if flag in OURS or len(values) > 1 and flag in {*flags, "--env-id"}:
             fail(f"{flag}: set by compare.py, or given several values where it can have one; compare before `--`")
-    return args, flags | several
+    return args, found
 
 
 def group(words):

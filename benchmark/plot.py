@@ -6,7 +6,8 @@
 
 What is asked of which suite stands in suites.py. Tables and curves show interquartile means over seeds with 95%
 stratified bootstrap intervals (Agarwal et al. 2021, by rliable), over cells means with intervals that resample cells,
-then seeds; gains are differences of plain means. With fewer than five seeds there are points alone.
+then seeds, and in tables are no narrower than Student's t over cells; gains are differences of plain means. With fewer
+than five seeds there are points alone.
 """
 
 import csv
@@ -112,8 +113,7 @@ def write_cells_table(suite):
     names = list(dict.fromkeys(splits))
     trained = over_cells(read_suite(suite, SUCCESS.column)) if unseen else {}
     for method, runs in over_cells(read_suite(suite)).items():
-        tails = np.quantile(resample(runs.both), [0.025, 0.975], axis=0).T  # (2 scores, 2)
-        both = [with_interval(point, tail, 2) for point, tail in zip(runs.both.mean((0, 1)), tails)]
+        both = [with_interval(*compare(x, np.zeros_like(x))[1](), 2) for x in np.moveaxis(runs.both, -1, 0)]
         if runs.both[..., 0].size < FEW:
             both = [f"{point:.2f}" for point in runs.both.mean((0, 1))]
         means = runs.both[..., 0 if unseen else 1].mean(1)  # (cells,)

@@ -169,7 +169,10 @@ SUITES = {
     # The README's main command beside the same number of steps from scratch.
     "quickstart": {
         "program": "ppo_pisco.py",
-        "methods": {"freeze 2 + PiSCO": "--freeze-layers 2", "from scratch": f"{SCRATCH} --ssl none"},
+        "methods": {
+            "frozen bottom + loss": "--freeze-layers 2",
+            "from scratch": f"{SCRATCH} --ssl none --learning-rate 3e-3",
+        },
     },
     # Which projector, weight, share of the minibatch and learning rate, where the acting policy is the teacher?
     "jump-settings": {

@@ -90,6 +90,7 @@ def test_finetuning_without_a_loss_is_what_the_others_are_compared_with(compare)
         ("-- --ssl none pisco", "compare before"),
         ("--seed 3", "--seed: set by compare.py"),
         ("--ssl none --ssl pisco", "given twice"),
+        ("--gamma 0.9 -- --gamma 0.99", "--gamma: .*several values"),
         ("3 --ssl none", "a value without a flag"),
         ("--seeds x", "--seeds"),
         ("--seeds 0", "must be positive"),

@@ -365,12 +365,13 @@ def test_cells_have_both_scores_and_every_splits_own(plot, tmp_path, monkeypatch
         for seed in (1, 2):
             put_run(tmp_path / "cells", f"{split} encoder {encoder}, a", seed, (0.25, 0.25))
             put_run(tmp_path / "cells", f"{split} encoder {encoder}, b", seed, [0.25 + x for x in gain])
-    monkeypatch.setattr(plot, "resample", lambda scores: np.array([[0.0, 0.5]] * 3))
+    means = {0.25: (0.0, 0.5), 0.5625: (0.5, 0.75), 0.625: (0.25, 1.0)}
+    monkeypatch.setattr(plot, "compare", lambda x, zero: (None, lambda: (x.mean() - zero.sum(), means[x.mean()])))
     assert plot.write_cells_table("cells").splitlines() == [
         "| method | n | at the end | mean over the run | one | two |",
         "|---|---|---|---|---|---|",
-        "| a | 8 | 0.25 [0.00, 0.00] | 0.25 [0.50, 0.50] | 0.25 | 0.25 |",
-        "| b | 8 | 0.56 [0.00, 0.00] | 0.62 [0.50, 0.50] | 0.75 | 0.50 |",
+        "| a | 8 | 0.25 [0.00, 0.50] | 0.25 [0.00, 0.50] | 0.25 | 0.25 |",
+        "| b | 8 | 0.56 [0.50, 0.75] | 0.62 [0.25, 1.00] | 0.75 | 0.50 |",
     ]
     monkeypatch.setattr(plot, "UNSEEN", ("cells",))  # judged at the end
     head, _, _, row = plot.write_cells_table("cells").splitlines()
@@ -444,6 +445,8 @@ def test_verdicts_hinge_on_splits_by_hand(kept):
     assert kept.compare(gains, 0 * gains)[1]()[1][0] > 0 > kept.compare(gains[2:], 0 * gains[2:])[1]()[1][0]
     assert "a" in kept.hinges_on(gains, splits, 0.0)
     assert kept.hinges_on(gains, splits, 5.0) == []  # far above
+    gains = np.array([[0.02, 0.0], [0.0, -0.02]] * 2 + [[-0.1, -0.14], [-0.14, -0.1]])  # above -0.1 without c alone
+    assert kept.hinges_on(gains, splits, 0.1) == ["c"]
 
 
 def test_changes_under_noise_by_hand(plot, tmp_path, monkeypatch):

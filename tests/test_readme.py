@@ -157,6 +157,9 @@ def test_shipped_encoder_is_what_its_readme_says():
     assert f"{int(metadata['steps']):,} environment steps" in (ROOT / "encoders" / "README.md").read_text()
 
 
-def test_pictures_exist():
-    for name in re.findall(r"\]\((benchmark/figures/[^)]+)\)", README):
-        assert (ROOT / name).read_bytes().startswith(b"\x89PNG")
+def test_pictures_are_those_of_the_pages():
+    page = (ROOT / "benchmark" / "README.md").read_text()
+    shown = {*re.findall(r"\]\(benchmark/figures/([^)]+)\)", README), *re.findall(r"\]\(figures/([^)]+)\)", page)}
+    assert shown == {path.name for path in (ROOT / "benchmark" / "figures").iterdir()}
+    for name in shown:
+        assert (ROOT / "benchmark" / "figures" / name).read_bytes().startswith((b"\x89PNG", b"GIF8"))
