@@ -107,14 +107,14 @@ def write_table(suite):
 
 
 def write_cells_table(suite):
-    """A suite over cells as Markdown: both scores' means with intervals, and the one that is judged in every split; of
-    UNSEEN tasks, which are judged at the end, beside the trained ones."""
+    """A suite over cells as Markdown: both scores' means, with intervals if there are cells enough, and the one that is
+    judged in every split; of UNSEEN tasks, which are judged at the end, beside the trained ones."""
     splits, rows, unseen = splits_of(suite), [], suite in UNSEEN
     names = list(dict.fromkeys(splits))
     trained = over_cells(read_suite(suite, SUCCESS.column)) if unseen else {}
     for method, runs in over_cells(read_suite(suite)).items():
         both = [with_interval(*compare(x, np.zeros_like(x))[1](), 2) for x in np.moveaxis(runs.both, -1, 0)]
-        if runs.both[..., 0].size < FEW:
+        if len(runs.both) < FEW:  # cells
             both = [f"{point:.2f}" for point in runs.both.mean((0, 1))]
         means = runs.both[..., 0 if unseen else 1].mean(1)  # (cells,)
         each = [f"{np.mean([m for m, s in zip(means, splits) if s == split]):.2f}" for split in names]

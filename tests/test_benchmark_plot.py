@@ -366,6 +366,7 @@ def test_cells_have_both_scores_and_every_splits_own(plot, tmp_path, monkeypatch
             put_run(tmp_path / "cells", f"{split} encoder {encoder}, a", seed, (0.25, 0.25))
             put_run(tmp_path / "cells", f"{split} encoder {encoder}, b", seed, [0.25 + x for x in gain])
     means = {0.25: (0.0, 0.5), 0.5625: (0.5, 0.75), 0.625: (0.25, 1.0)}
+    monkeypatch.setattr(plot, "FEW", 4)  # cells
     monkeypatch.setattr(plot, "compare", lambda x, zero: (None, lambda: (x.mean() - zero.sum(), means[x.mean()])))
     assert plot.write_cells_table("cells").splitlines() == [
         "| method | n | at the end | mean over the run | one | two |",
@@ -377,6 +378,8 @@ def test_cells_have_both_scores_and_every_splits_own(plot, tmp_path, monkeypatch
     head, _, _, row = plot.write_cells_table("cells").splitlines()
     assert head.endswith("| mean over the run | one, at the end | two, at the end | trained tasks, at the end |")
     assert row.endswith(" | 0.75 | 0.38 | 0.56 |")
+    monkeypatch.setattr(plot, "FEW", 5)
+    assert plot.write_cells_table("cells").splitlines()[-1].startswith("| b | 8 | 0.56 | 0.62 |")
 
 
 def test_settings_table_has_a_column_per_depth(plot, tmp_path, monkeypatch):
