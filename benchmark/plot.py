@@ -113,9 +113,10 @@ def write_cells_table(suite):
     names = list(dict.fromkeys(splits))
     trained = over_cells(read_suite(suite, SUCCESS.column)) if unseen else {}
     for method, runs in over_cells(read_suite(suite)).items():
-        both = [with_interval(*compare(x, np.zeros_like(x))[1](), 2) for x in np.moveaxis(runs.both, -1, 0)]
         if len(runs.both) < FEW:  # cells
             both = [f"{point:.2f}" for point in runs.both.mean((0, 1))]
+        else:
+            both = [with_interval(*compare(x, np.zeros_like(x))[1](), 2) for x in np.moveaxis(runs.both, -1, 0)]
         means = runs.both[..., 0 if unseen else 1].mean(1)  # (cells,)
         each = [f"{np.mean([m for m, s in zip(means, splits) if s == split]):.2f}" for split in names]
         each += [f"{trained[method].scores[..., -1].mean():.2f}"] if unseen else []
