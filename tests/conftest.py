@@ -137,6 +137,12 @@ def tear(fd):
     os.ftruncate(fd, size - len(Path(path).read_bytes().splitlines()[-1]) // 2 if is_row else size // 2)
 
 
+def halt(process):
+    """Stop it and wait until it stands still, which the signal alone does not."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
 def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

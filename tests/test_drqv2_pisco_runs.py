@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import IMPORTING, ROOT, Killed, encoder_file, evaluation, kill_at, metrics, snapshot, tear
+from conftest import IMPORTING, ROOT, Killed, encoder_file, evaluation, halt, kill_at, metrics, snapshot, tear
 from drqv2_common import (
     TinyControl,
     TinyResumable,
@@ -696,7 +696,7 @@ def test_kill_9_and_resume_in_processes_of_their_own(tmp_path, finished):
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("*/checkpoint.pt")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)
+    halt(process)
     (folder,) = tmp_path.glob("*")
     before = snapshot(folder)
     with pytest.raises(SystemExit, match=f"--resume {folder}: another process is at work in it"):

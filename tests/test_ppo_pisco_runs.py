@@ -28,6 +28,7 @@ from conftest import (
     command,
     encoder_file,
     evaluation,
+    halt,
     heed_ctrl_c,
     kill_at,
     metrics,
@@ -682,7 +683,7 @@ def test_resume_after_a_signal(tmp_path, long_run, number, rows):
 def test_run_folder_of_another_process_is_left_alone(tmp_path, long_run):
     process = program(*command(tmp_path, LONG))
     wait_for_rows(process, tmp_path, 1)
-    process.send_signal(signal.SIGSTOP)
+    halt(process)
     (folder,) = tmp_path.glob("*")
     before = snapshot(folder)
     with pytest.raises(SystemExit, match=f"--resume {folder}: another process is at work in it"):
