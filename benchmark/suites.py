@@ -143,7 +143,9 @@ OTHERS = in_cells(
         "frozen, MLP head": "--freeze-layers all --head-layers 1 --ssl none --learning-rate 3e-3",
         "finetuned + loss on noise": f"{WITH_AND_WITHOUT['finetuned + loss']} --augmentation noise",
     }
-    | {
+)
+KNOWN_LOSSES = in_cells(
+    {
         f"{depth} + {name}": f"{DEPTHS[depth]} {with_loss(name.lower(), 'mlp', coef, '1')}"
         for depth in ("finetuned", "frozen bottom")
         for name, coef in (("SimSiam", "3"), ("CURL", "1"))
@@ -198,6 +200,12 @@ SUITES = {
         "n": 2,
         "first_seed": seeds_of_cells(OTHERS),
         "methods": OTHERS,
+    },
+    "jump-simsiam-curl": {
+        "program": "ppo_pisco.py",
+        "n": 1,
+        "first_seed": seeds_of_cells(KNOWN_LOSSES),
+        "methods": KNOWN_LOSSES,
     },
     "jump-augmented": {
         "program": "benchmark/augmented.py",
@@ -302,7 +310,7 @@ SUITES = {
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked of the kept results
 # ---------------------------------------------------------------------------------------------------------------------
-UNSEEN_CELLS = ("jump-unseen", "jump-others", "jump-augmented", "jump-18")
+UNSEEN_CELLS = ("jump-unseen", "jump-others", "jump-simsiam-curl", "jump-augmented", "jump-18")
 CELLS = ("jump-cells", "jump-noise", "jump-impala", *UNSEEN_CELLS)
 UNSEEN = ("jump-settings", *UNSEEN_CELLS)
 SCORES = dict.fromkeys(UNSEEN, "greedy_unseen_success")  # not the usual column
