@@ -72,7 +72,7 @@ class Args:
     checkpoint_interval: int = 10_000  # frames between two checkpoints, beside those before evaluations (0: only those)
     eval_interval: int = 10_000  # frames between two evaluations; the last is at the end (0: only that one)
     eval_episodes: int = 10  # episodes per evaluation, played with the policy's mean
-    eval_max_steps: int = 27_000  # of an evaluation episode
+    eval_max_steps: int = 27_000  # most steps of an evaluation's episode
 
     # Environment
     env_id: str = "cartpole-swingup"  # domain-task of the DeepMind Control suite, or manipulation-reach_duplo
@@ -408,15 +408,15 @@ def load_encoder(path, encoder):
         if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
             tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
             metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
-        for key, here in encoder.about.items():
-            if metadata.get(key, here if metadata else None) != here:  # an older file may say less
-                about = f"has {key} {metadata.get(key)}, this run {here}; give another file, or `none`"
-                raise SystemExit(f"--encoder-weights {path}: {about}")
+        # A file that says less, an older one, is not refused for it
+        about = {key: (metadata.get(key, here if metadata else None), here) for key, here in encoder.about.items()}
+        if wrong := [f"{key} {theirs}, this run {here}" for key, (theirs, here) in about.items() if theirs != here]:
+            raise SystemExit(f"--encoder-weights {path}: has {'; '.join(wrong)}; give another file, or `none`")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors
-        error = " ".join(str(error).split())
-        raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
+        error = " ".join(f"{error}; give a .safetensors file of pretrain_encoder.py, or `none`".split())
+        raise SystemExit(f"--encoder-weights {path}: {error}") from None
     return metadata
 
 
@@ -516,11 +516,11 @@ def info_nce_loss(keys, queries):
 def ssl_loss(agent, z_teacher, z_student, teachers, std, args):
     """The loss of students with features z_student (n, D) that learn from teachers with z_teacher, the features of the
     images `teachers`. With two views both are both views, one after the other, and each learns from the other."""
-    p = agent.projector(z_student)
+    p, z_teacher = agent.projector(z_student), z_teacher.detach()
     if args.projector == "residual" and args.ssl != "curl":
         p = z_student + p
     if args.ssl == "pisco":
-        loss, teacher, student = partial(pisco_loss, std=std), agent.actor.mean(z_teacher.detach()), agent.actor.mean(p)
+        loss, teacher, student = partial(pisco_loss, std=std), agent.actor.mean(z_teacher), agent.actor.mean(p)
     elif args.ssl == "simsiam":
         loss, teacher, student = simsiam_loss, z_teacher, p
     elif args.ssl == "curl":

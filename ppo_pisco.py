@@ -68,7 +68,7 @@ class Args:
     checkpoint_interval: int = 10  # iterations between two checkpoints, beside those before evaluations (0: only those)
     eval_interval: int = 10_240  # environment steps between two evaluations; the last is at the end (0: only that one)
     eval_episodes: int = 10  # episodes per evaluation and policy (greedy, sampled); Jump-v0 plays every task once
-    eval_max_steps: int = 27_000  # of an evaluation episode, where the environment names no limit of its own
+    eval_max_steps: int = 27_000  # most steps of an evaluation's episode, where the environment has no limit
 
     # Environment
     env_id: str = "Jump-v0"  # Jump-v0, an EnvPool or a Gymnasium id; observations must be images, actions discrete
@@ -80,7 +80,7 @@ class Args:
     reward_scale: float = 0.1  # factor on the training reward; logged returns are unscaled
 
     # Encoder
-    encoder: str = "nature"  # architecture: nature, impala, or a model of timm such as timm:resnet18
+    encoder: str = "nature"  # nature (images from 36x36 pixels), impala, or one of timm such as timm:resnet18
     feature_dim: int = 256  # size of the encoder's output z
     encoder_weights: str = str(ENCODERS / "jump-v0__nature__rl.safetensors")  # a file, `none`: random, `timm`: timm's
     freeze_layers: int | Literal["all"] = 0  # how many of the encoder's layers stay frozen, from the bottom
@@ -272,7 +272,7 @@ def make_envs(args, num_envs, seeds, evaluation):
     try:
         return gym.make_vec(args.env_id, num_envs, args.vectorization, vector_kwargs=options, **kwargs)
     except gym.error.UnregisteredEnv:
-        plain = re.sub("^ALE/|-ram|NoFrameskip|Deterministic", "", args.env_id)  # EnvPool has one name for a game
+        plain = re.sub("^.*:|^ALE/|-ram|NoFrameskip|Deterministic", "", args.env_id)  # EnvPool has one name for a game
         close = difflib.get_close_matches(plain, {"Jump-v0", *envpool_ids, *gym.registry}) or ["Jump-v0"]
         hint = f"did you mean {', '.join(close)}? For control: drqv2_pisco.py --env-id walker-walk"
         raise SystemExit(f"--env-id {args.env_id}: unknown environment; {hint}") from None
@@ -505,15 +505,15 @@ def load_encoder(path, encoder):
         if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
             tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
             metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
-        for key, here in encoder.about.items():
-            if metadata.get(key, here if metadata else None) != here:  # an older file may say less
-                about = f"has {key} {metadata.get(key)}, this run {here}; give another file, or `none`"
-                raise SystemExit(f"--encoder-weights {path}: {about}")
+        # A file that says less, an older one, is not refused for it
+        about = {key: (metadata.get(key, here if metadata else None), here) for key, here in encoder.about.items()}
+        if wrong := [f"{key} {theirs}, this run {here}" for key, (theirs, here) in about.items() if theirs != here]:
+            raise SystemExit(f"--encoder-weights {path}: has {'; '.join(wrong)}; give another file, or `none`")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors
-        error = " ".join(str(error).split())
-        raise SystemExit(f"--encoder-weights {path}: {error}; give a file of pretrain_encoder.py or `none`") from None
+        error = " ".join(f"{error}; give a .safetensors file of pretrain_encoder.py, or `none`".split())
+        raise SystemExit(f"--encoder-weights {path}: {error}") from None
     return metadata
 
 
@@ -627,11 +627,11 @@ def ppo_loss(logits, newvalue, actions, logprobs, advantages, returns, values, a
 def ssl_loss(agent, z_teacher, z_student, hidden_teacher, args):
     """The loss of students with features z_student (n, D) that learn from teachers with z_teacher and frozen_prefix
     hidden_teacher. With two views both are both views, the first one's rows first, and each learns from the other."""
-    p = agent.projector(z_student)
+    p, z_teacher = agent.projector(z_student), z_teacher.detach()
     if args.projector == "residual" and args.ssl != "curl":
         p = z_student + p
     if args.ssl == "pisco":
-        loss, teacher, student = pisco_loss, agent.actor(z_teacher.detach()), agent.actor(p)
+        loss, teacher, student = pisco_loss, agent.actor(z_teacher), agent.actor(p)
     elif args.ssl == "simsiam":
         loss, teacher, student = simsiam_loss, z_teacher, p
     elif args.ssl == "curl":
@@ -649,7 +649,7 @@ def sample(probs, generator=None):
 
 @torch.no_grad()
 def collect_rollout(agent, envs, next_obs, args):
-    """T steps of N copies from next_obs (N, C, H, W) uint8 -> rollout, what follows, its values, ended episodes"""
+    """T steps of N copies from next_obs (N, C, H, W) uint8 -> rollout, next_obs after it, its values, ended episodes"""
     steps, episodes = [], []
     for _ in range(args.num_steps):
         hidden = agent.encoder.frozen_prefix(next_obs)
@@ -770,9 +770,9 @@ def play_episodes(agent, envs, args, device, greedy, images=None):
     observations (C, H, W) uint8 are appended to `images`, where given, thinned out to 160 pixels at most."""
     generator = torch.Generator(device).manual_seed(args.seed + 1_000_003)  # leaves the training's alone
     obs = envs.reset({"task_ids": np.arange(envs.num_envs)} if envs.is_jump else None)
-    episodes, limit = [None] * envs.num_envs, 2 * (envs.max_steps or 0) or args.eval_max_steps
+    episodes, limit = [None] * envs.num_envs, 2 * (envs.max_steps or 0) or args.eval_max_steps  # lost lives add steps
     thin = math.ceil(max(envs.obs_shape[1:]) / 160)
-    for _ in range(limit):  # a game that ends by itself needs a step more for every life
+    for _ in range(limit):
         if images is not None and episodes[0] is None and len(images) < 1000:
             images.append(obs[0, :, ::thin, ::thin].copy())
         playing = [i for i, episode in enumerate(episodes) if episode is None]  # the policy need not see the others
@@ -936,7 +936,7 @@ def train(args, program=(__file__,)):
     bar = tqdm(initial=start * batch_size, total=num_iterations * batch_size, unit="step", unit_scale=True,
         file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30, dynamic_ncols=True)  # fmt: skip
     eval_every, checkpoint_every = (k if k > 0 else math.inf for k in (args.eval_interval, args.checkpoint_interval))
-    for iteration in range(start or 1, num_iterations + 1):
+    for iteration in range(start or 1, num_iterations + 1):  # the checkpoint's again, whose evaluation may be missing
         global_step, last = iteration * batch_size, iteration == num_iterations
         evaluation_due = args.eval_episodes > 0 and (last or global_step % eval_every < batch_size)
         if iteration > start:

@@ -196,7 +196,7 @@ def test_weights_that_fit(weights, tmp_path, capsys):
 
 def test_weights_missing(refused, tmp_path):
     for path in (tmp_path / "nothing.safetensors", tmp_path, "None"):
-        words = f"--encoder-weights {path}: ", "give a file of pretrain_encoder.py or `none`"
+        words = f"--encoder-weights {path}: ", "give a .safetensors file of pretrain_encoder.py, or `none`"
         refused(f"--encoder-weights {path}", *words)
 
 

@@ -66,6 +66,7 @@ NEAR = {
     "BreakoutDeterministic-v4": "Breakout-v5",
     "Breakout-ramNoFrameskip-v4": "Breakout-v5",
     "ALE/Breakout-v5": "Breakout-v5",
+    "gymnasium.envs:Pnog-v5": "Pong-v5",
 }
 
 
@@ -117,7 +118,7 @@ def test_freezing(refused):
 
 def test_weights_missing(refused, tmp_path):
     for path in (tmp_path / "nothing.safetensors", tmp_path, "None"):
-        message = refused(f"--encoder-weights {path}", "give a file of pretrain_encoder.py or `none`")
+        message = refused(f"--encoder-weights {path}", "give a .safetensors file of pretrain_encoder.py, or `none`")
         assert message.startswith(f"--encoder-weights {path}: ")
 
 
@@ -146,7 +147,8 @@ def test_weights_of_another_encoder(refused, weights):
         f"--encoder-weights {path} --encoder impala", str(path), "architecture nature", "this run impala; give another"
     )
     refused(f"--encoder-weights {path} --feature-dim 16", str(path), "feature_dim 32", "this run 16")
-    refused(f"--encoder-weights {path} --env-id TinyImage-v0", str(path), "[1, 60, 60]", "[3, 36, 40]")
+    words = "[1, 60, 60], this run [3, 36, 40]", "feature_dim 32, this run 512; "  # all of it at once
+    refused(f"--encoder-weights {path} --env-id TinyImage-v0 --feature-dim 512", str(path), *words)
     weights(architecture="resnet")
     refused(f"--encoder-weights {path}", str(path), "resnet", "nature")
     weights(observation_shape="[1, 63, 63]")  # leads to the same tensors as 60 x 60
