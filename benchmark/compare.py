@@ -1,15 +1,14 @@
 """How deep should I freeze, does the loss help, on MY task? Compare settings on it, each with its own learning rate.
 
-    pip install -r requirements.txt -r benchmark/requirements.txt
     python benchmark/compare.py --freeze-layers 0 2 --ssl none pisco --seeds 5
     python benchmark/compare.py --env-id my_game:MyGame-v0 --encoder-weights mine.safetensors --freeze-layers 0 2 4 \
-        --ssl none pisco --learning-rate 3e-4 1e-3 --seeds 5 --from-scratch -- --total-timesteps 200000
+        --ssl none pisco --learning-rate 3e-4 1e-3 --seeds 5 --from-scratch \
+        -- --total-timesteps 200000 --eval-interval 10000
 
-Every flag of the algorithm may have several values; all their combinations, the arms, are compared. An id that ends
-in a version is of ppo_pisco.py, any other one a control task of drqv2_pisco.py. What follows `--` goes to all runs. The
-learning rate, where it has several values, is chosen for every arm by runs with seeds that the comparison does not use,
-as many for each. Runs go through Ray as those of run.py; after Ctrl-C the same command goes on. In the end the folder
-runs/compare/ENVIRONMENT-... has compare.md, curves.png and two tables with every run and evaluation.
+Every flag of the algorithm may have several values; all their combinations, the arms, are compared. An id that ends in
+a version is of ppo_pisco.py, any other one a control task of drqv2_pisco.py. What follows `--` goes to all runs. The
+learning rate, if it has several values, is chosen for every arm with seeds that the comparison does not use. After
+Ctrl-C the same command goes on. In the end runs/compare/ENVIRONMENT-... has compare.md, curves.png and two tables.
 """
 
 import argparse
@@ -53,13 +52,12 @@ def parse_args(argv):
     parser.add_argument("--cpus", type=float, default=1, help="cores for each run (1)")
     parser.add_argument("--gpus", type=float, default=0, help="share of a GPU for each run (0)")
     parser.add_argument("--address", help="a Ray cluster's address (default: this machine)")
-    parser.add_argument("--results", type=Path, default=Path("runs/compare"), help="folder for the results")
+    parser.add_argument("--results", type=lambda x: Path(x).resolve(), default="runs/compare", help="results folder")
     parser.error = fail
     end = argv.index("--") if "--" in argv else len(argv)
     args, words = parser.parse_known_args(argv[:end])
     if min(args.seeds, args.rate_seeds) < 1 or args.cpus <= 0 or args.gpus < 0:
         fail("--seeds, --rate-seeds and --cpus must be positive, --gpus not negative")
-    args.results = args.results.resolve()
     flags, several = group(argv[end + 1 :]), group(words)
     for flag, values in (found := {f: flags.get(f, []) + several.get(f, []) for f in flags | several}).items():
         if flag in OURS or len(values) > 1 and flag in {*flags, "--env-id"}:
@@ -98,8 +96,8 @@ def make_arms(flags, from_scratch):
 
 def words_of(arm):
     """An arm's command line; a file of weights with its whole path, as runs start in the repository's folder."""
-    weights = arm.get("--encoder-weights")
-    arm = arm | ({"--encoder-weights": str(Path(weights).resolve())} if weights not in (None, "none") else {})
+    if (weights := arm.get("--encoder-weights", "none")) not in ("none", "timm"):
+        arm = arm | {"--encoder-weights": str(Path(weights).resolve())}
     return [word for pair in arm.items() for word in pair if word is not None]
 
 
@@ -205,6 +203,8 @@ def prepare(args, flags):
         words[arm] = {r: words_of(settings | ({"--learning-rate": r} if r else {})) for r in rates}
         for line in words[arm].values():
             check(module, arm, line)
+    if len(arms) == len(rates) == 1:
+        fail("nothing to compare: give a flag several values, or --from-scratch")
     return module, arms, words
 
 
