@@ -533,7 +533,7 @@ def pretrain_rl(args, further):
 def main(argv=None):
     args, further = parse_args(sys.argv[1:] if argv is None else list(argv))
     path = pretrain_rl(args, further) if args.objective == "rl" else pretrain_on_images(args)
-    print(f"wrote {path}; use it with: {usage(path)}")
+    print(f"wrote {path}; for this --env-id or another one, use it with: {usage(path)}")
 
 
 if __name__ == "__main__":
