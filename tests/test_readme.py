@@ -1,5 +1,6 @@
 """Every command of the README runs, made small by further flags; its code runs outside the repository; its size."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import tomllib
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+import torch.nn as nn
+from conftest import ROOT, train
 
 import drqv2_pisco
 import ppo_pisco
@@ -155,6 +157,35 @@ def test_shipped_encoder_is_what_its_readme_says():
         metadata = file.metadata()
     assert (metadata["objective"], metadata["tasks"], metadata["seed"]) == ("rl", "source", "1")
     assert f"{int(metadata['steps']):,} environment steps" in (ROOT / "encoders" / "README.md").read_text()
+
+
+def code_of_encoders_page(name):
+    text = (ROOT / "encoders" / "README.md").read_text()
+    return re.search(rf"<!-- {name} -->\n```python\n(.+?)\n```", text, flags=re.S).group(1)
+
+
+def test_weights_of_cleanrl_are_loaded_as_the_page_says(tmp_path, monkeypatch):
+    """Its Atari network gives the same features, here of images of 84x84 pixels."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU())
+    theirs = nn.ModuleDict({"network": network, "actor": nn.Linear(512, 4), "critic": nn.Linear(512, 1)})
+    monkeypatch.chdir(tmp_path)
+    torch.save(theirs.state_dict(), "cleanrl.pt")
+    exec(code_of_encoders_page("own"), {})
+    encoder = ppo_pisco.Encoder(ppo_pisco.Args(feature_dim=512), (4, 84, 84))
+    assert ppo_pisco.load_encoder("mine.safetensors", encoder)["environment"] == "Pong-v5"
+    images = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(images), network(images / 255))
+
+
+def test_a_trained_agent_plays_as_the_page_says(tmp_path):
+    folder = train(tmp_path, "--jump-tasks target --eval-episodes 1")
+    code = re.sub(r'Path\("runs/.+?"\)', "folder", code_of_encoders_page("play"))
+    exec(code, found := {"folder": folder})
+    greedy = json.loads((folder / "evaluation.json").read_text())["greedy"]
+    assert [episode["return"] for episode in found["episodes"]] == greedy["return"] and len(greedy["return"]) == 7
+    assert found["logits"].shape == (7, 2) and found["values"].shape == (7,)
 
 
 def test_pictures_are_those_of_the_pages():
