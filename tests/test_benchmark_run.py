@@ -74,6 +74,9 @@ DIGESTS = {
     "jump-settings": "e15d5aaa6170",
     "jump-unseen": "c352b34a4930",
     "jump-18": "d85750ad5d80",
+    "jump-others": "5e27fce83a76",
+    "jump-simsiam-curl": "a73b197b2d9f",
+    "jump-augmented": "05c8a8830a5e",
     "miniworld": "f172b7683379",
     "miniworld-encoders": "d534ff54722a",
     "miniworld-sources": "2c1382cc8b57",
@@ -167,7 +170,7 @@ def test_a_cells_runs_differ_in_nothing_but_method_and_seed(runner):
     """One kind of CPU, one commit: arms that are compared stand on the same ground, cells need not."""
     grounds = {}
     suites = ("jump-cells", "jump-noise", "jump-long", "jump-unseen", "jump-impala", "jump-18", "miniworld")
-    for suite in suites:
+    for suite in (*suites, "jump-others", "jump-simsiam-curl", "jump-augmented"):
         for (method, _), row in runner.read_runs(runner.RESULTS_OF_PAGE / suite).items():
             ground = [row[key] for key in ("hardware", "commit", "versions", "cores")]
             same = "jump-cells" if suite == "jump-noise" else suite  # whose networks it took
