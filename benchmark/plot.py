@@ -51,7 +51,7 @@ from stats import (  # noqa: E402
     verdict,
     welch,
 )
-from suites import AT_THE_END, CELLS, FAMILIES, GRIDS, PANELS, SPLITS, STDS, UNSEEN  # noqa: E402
+from suites import AT_THE_END, BESIDE_UNSEEN, CELLS, FAMILIES, GRIDS, PANELS, SPLITS, STDS, UNSEEN  # noqa: E402
 
 import ppo_pisco  # noqa: E402
 
@@ -123,6 +123,12 @@ def write_cells_table(suite):
         rows.append([method, str(runs.both[..., 0].size), *both, *each])
     columns = [f"{name}, at the end" for name in names] + ["trained tasks, at the end"] if unseen else names
     return markdown(["method", "n", "at the end", "mean over the run", *columns], rows)
+
+
+def write_cells_tables(suites):
+    """The tables of suites over the same cells as one."""
+    first, *others = (write_cells_table(suite) for suite in suites)
+    return "\n".join([first, *(row for table in others for row in table.splitlines()[2:])])
 
 
 def best_rate(found):
@@ -412,6 +418,7 @@ TABLES = {  # the mark on a page: what writes the table; one without a mark is p
     **{family: functools.partial(write_verdicts, family) for family in FAMILIES},
     "exploratory": write_exploratory, "noise": write_noise_table, "freezing": write_freezing, "speed": write_speeds,
     "jump-unseen scores": write_unseen, "jump-settings": write_settings,
+    "jump-others": functools.partial(write_cells_tables, BESIDE_UNSEEN),
 }  # fmt: skip
 FIGURES = {  # the file: what draws it
     **{name: functools.partial(draw_grid, panels=panels) for name, panels in GRIDS.items()},
@@ -441,7 +448,8 @@ def main(argv=None):
         return 2
     for name in tables:
         suite = name.split(" ")[0]
-        if not judge_family(name)[0] if name in FAMILIES else suite in CELLS and not is_complete(suite):
+        parts = BESIDE_UNSEEN if name == "jump-others" else (suite,)
+        if not judge_family(name)[0] if name in FAMILIES else suite in CELLS and not all(map(is_complete, parts)):
             print(f"{name}: not all runs yet\n")
             continue
         table = TABLES[name]()

@@ -310,7 +310,8 @@ SUITES = {
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked of the kept results
 # ---------------------------------------------------------------------------------------------------------------------
-UNSEEN_CELLS = ("jump-unseen", "jump-others", "jump-simsiam-curl", "jump-augmented", "jump-18")
+BESIDE_UNSEEN = ("jump-others", "jump-simsiam-curl", "jump-augmented")  # one table
+UNSEEN_CELLS = ("jump-unseen", *BESIDE_UNSEEN, "jump-18")
 CELLS = ("jump-cells", "jump-noise", "jump-impala", *UNSEEN_CELLS)
 UNSEEN = ("jump-settings", *UNSEEN_CELLS)
 SCORES = dict.fromkeys(UNSEEN, "greedy_unseen_success")  # not the usual column

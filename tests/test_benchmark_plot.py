@@ -370,6 +370,8 @@ def test_cells_have_both_scores_and_every_splits_own(plot, tmp_path, monkeypatch
         "| a | 8 | 0.25 [0.00, 0.50] | 0.25 [0.00, 0.50] | 0.25 | 0.25 |",
         "| b | 8 | 0.56 [0.50, 0.75] | 0.62 [0.25, 1.00] | 0.75 | 0.50 |",
     ]
+    both = plot.write_cells_tables(("cells", "cells")).splitlines()
+    assert both[:4] == plot.write_cells_table("cells").splitlines() and both[4:] == both[2:4]
     monkeypatch.setattr(plot, "UNSEEN", ("cells",))  # judged at the end
     head, _, _, row = plot.write_cells_table("cells").splitlines()
     assert head.endswith("| mean over the run | one, at the end | two, at the end | trained tasks, at the end |")
