@@ -408,10 +408,10 @@ def load_encoder(path, encoder):
         if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
             tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
             metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
-        # A file that says less, an older one, is not refused for it
-        about = {key: (metadata.get(key, here if metadata else None), here) for key, here in encoder.about.items()}
-        if wrong := [f"{key} {theirs}, this run {here}" for key, (theirs, here) in about.items() if theirs != here]:
-            raise SystemExit(f"--encoder-weights {path}: has {'; '.join(wrong)}; give another file, or `none`")
+        about = {key: (metadata.get(key, here), here) for key, here in encoder.about.items()}  # older ones say less
+        wrong = [f"{key} {theirs}, this run {here}" for key, (theirs, here) in about.items() if theirs != here]
+        if wrong := "; ".join(wrong) if metadata else "no metadata, so needs --encoder timm:NAME (own: save_encoder)":
+            raise SystemExit(f"--encoder-weights {path}: has {wrong}; give another file, or `none`")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors

@@ -272,7 +272,7 @@ def make_envs(args, num_envs, seeds, evaluation):
     try:
         return gym.make_vec(args.env_id, num_envs, args.vectorization, vector_kwargs=options, **kwargs)
     except gym.error.UnregisteredEnv:
-        plain = re.sub("^.*:|^ALE/|-ram|NoFrameskip|Deterministic", "", args.env_id)  # EnvPool has one name for a game
+        plain = re.sub("^ALE/|-ram|NoFrameskip|Deterministic", "", args.env_id)  # EnvPool has one name for a game
         close = difflib.get_close_matches(plain, {"Jump-v0", *envpool_ids, *gym.registry}) or ["Jump-v0"]
         hint = f"did you mean {', '.join(close)}? For control: drqv2_pisco.py --env-id walker-walk"
         raise SystemExit(f"--env-id {args.env_id}: unknown environment; {hint}") from None
@@ -505,10 +505,10 @@ def load_encoder(path, encoder):
         if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
             tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
             metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
-        # A file that says less, an older one, is not refused for it
-        about = {key: (metadata.get(key, here if metadata else None), here) for key, here in encoder.about.items()}
-        if wrong := [f"{key} {theirs}, this run {here}" for key, (theirs, here) in about.items() if theirs != here]:
-            raise SystemExit(f"--encoder-weights {path}: has {'; '.join(wrong)}; give another file, or `none`")
+        about = {key: (metadata.get(key, here), here) for key, here in encoder.about.items()}  # older ones say less
+        wrong = [f"{key} {theirs}, this run {here}" for key, (theirs, here) in about.items() if theirs != here]
+        if wrong := "; ".join(wrong) if metadata else "no metadata, so needs --encoder timm:NAME (own: save_encoder)":
+            raise SystemExit(f"--encoder-weights {path}: has {wrong}; give another file, or `none`")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
         encoder.load_state_dict(tensors, strict=not of_timm or encoder.frozen == len(encoder.layers))
     except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:  # names wrong or missing tensors

@@ -96,7 +96,7 @@ def make_arms(flags, from_scratch):
 
 def words_of(arm):
     """An arm's command line; a file of weights with its whole path, as runs start in the repository's folder."""
-    if (weights := arm.get("--encoder-weights", "none")) not in ("none", "timm"):
+    if (weights := arm.get("--encoder-weights")) not in (None, "none", "timm"):
         arm = arm | {"--encoder-weights": str(Path(weights).resolve())}
     return [word for pair in arm.items() for word in pair if word is not None]
 

@@ -67,8 +67,8 @@ def test_arms_are_all_combinations_named_by_what_sets_them_apart(compare):
 def test_a_file_of_weights_has_its_whole_path(compare, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert compare.words_of({"--encoder-weights": "mine.safetensors"})[1] == str(tmp_path / "mine.safetensors")
-    for word in ("none", "timm"):  # no files
-        assert compare.words_of({"--encoder-weights": word}) == ["--encoder-weights", word]
+    for words in (["none"], ["timm"], []):  # no files
+        assert compare.words_of({"--encoder-weights": (words or [None])[0]}) == ["--encoder-weights", *words]
 
 
 def test_finetuning_without_a_loss_is_what_the_others_are_compared_with(compare):
@@ -94,6 +94,7 @@ def test_finetuning_without_a_loss_is_what_the_others_are_compared_with(compare)
         ("--gamma 0.9 -- --gamma 0.99", "--gamma: .*several values"),
         ("3 --ssl none", "a value without a flag"),
         ("--freeze-layers 2", "nothing to compare: give a flag several values"),
+        ("--encoder-weights --freeze-layers 0 2", "--encoder-weights"),
         ("--seeds x", "--seeds"),
         ("--seeds 0", "must be positive"),
     ],

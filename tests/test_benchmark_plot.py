@@ -370,14 +370,18 @@ def test_cells_have_both_scores_and_every_splits_own(plot, tmp_path, monkeypatch
         "| a | 8 | 0.25 [0.00, 0.50] | 0.25 [0.00, 0.50] | 0.25 | 0.25 |",
         "| b | 8 | 0.56 [0.50, 0.75] | 0.62 [0.25, 1.00] | 0.75 | 0.50 |",
     ]
-    both = plot.write_cells_tables(("cells", "cells")).splitlines()
-    assert both[:4] == plot.write_cells_table("cells").splitlines() and both[4:] == both[2:4]
     monkeypatch.setattr(plot, "UNSEEN", ("cells",))  # judged at the end
     head, _, _, row = plot.write_cells_table("cells").splitlines()
     assert head.endswith("| mean over the run | one, at the end | two, at the end | trained tasks, at the end |")
     assert row.endswith(" | 0.75 | 0.38 | 0.56 |")
     monkeypatch.setattr(plot, "FEW", 5)
     assert plot.write_cells_table("cells").splitlines()[-1].startswith("| b | 8 | 0.56 | 0.62 |")
+
+
+def test_tables_of_the_same_cells_are_joined(plot, monkeypatch):
+    tables = {name: f"| method |\n|---|\n| {name} 1 |\n| {name} 2 |" for name in ("a", "b")}
+    monkeypatch.setattr(plot, "write_cells_table", tables.get)
+    assert plot.write_cells_tables(("a", "b")) == tables["a"] + "\n| b 1 |\n| b 2 |"
 
 
 def test_settings_table_has_a_column_per_depth(plot, tmp_path, monkeypatch):
@@ -644,6 +648,11 @@ def test_only_what_is_named_is_drawn(plot, capsys, monkeypatch):
     monkeypatch.setattr(plot, "CELLS", ("jump-cells",))
     monkeypatch.setattr(plot, "is_complete", lambda suite: False)
     assert plot.main(["jump-cells"]) == 0 and "not all runs yet" in capsys.readouterr().out
+    monkeypatch.setattr(plot, "TABLES", {"jump-others": lambda: 1 / 0})  # of three suites
+    monkeypatch.setattr(plot, "CELLS", plot.BESIDE_UNSEEN)
+    monkeypatch.setattr(plot, "is_complete", lambda suite: suite != "jump-augmented")
+    assert plot.main(["jump-others"]) == 0 and "not all runs yet" in capsys.readouterr().out
+    monkeypatch.setattr(plot, "TABLES", {"jump-cells": lambda: 1 / 0})
     assert plot.main(["--help"]) == 0 and "jump-cells" in capsys.readouterr().out
     assert plot.main(["bogus"]) == 2
     assert capsys.readouterr().err.startswith("plot.py: error: 'bogus'")

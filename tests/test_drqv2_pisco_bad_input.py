@@ -243,8 +243,8 @@ def test_weights_with_wrong_tensors_are_named(refused, weights, change):
 def test_weights_of_another_architecture(refused, weights):
     path = weights(architecture="nature")
     refused(f"--encoder-weights {path}", str(path), "nature", "drqv2")
-    safetensors.torch.save_file(safetensors.torch.load_file(path), path)  # no metadata
-    refused(f"--encoder-weights {path}", str(path), "architecture")
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path)
+    refused(f"--encoder-weights {path}", str(path), "has no metadata, so needs --encoder timm:NAME", "save_encoder")
 
 
 def test_refused_weights_leave_the_encoder_alone(weights):

@@ -66,7 +66,6 @@ NEAR = {
     "BreakoutDeterministic-v4": "Breakout-v5",
     "Breakout-ramNoFrameskip-v4": "Breakout-v5",
     "ALE/Breakout-v5": "Breakout-v5",
-    "gymnasium.envs:Pnog-v5": "Pong-v5",
 }
 
 
@@ -154,7 +153,7 @@ def test_weights_of_another_encoder(refused, weights):
     weights(observation_shape="[1, 63, 63]")  # leads to the same tensors as 60 x 60
     refused(f"--encoder-weights {path}", str(path), "[1, 63, 63]", "[1, 60, 60]")
     safetensors.torch.save_file(safetensors.torch.load_file(path), path)
-    refused(f"--encoder-weights {path}", str(path), "None")  # no metadata
+    refused(f"--encoder-weights {path}", str(path), "has no metadata, so needs --encoder timm:NAME", "save_encoder")
 
 
 def test_weights_say_what_a_channel_is(refused, tmp_path):

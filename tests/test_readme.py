@@ -180,9 +180,11 @@ def test_weights_of_cleanrl_are_loaded_as_the_page_says(tmp_path, monkeypatch):
 
 
 def test_a_trained_agent_plays_as_the_page_says(tmp_path):
-    folder = train(tmp_path, "--jump-tasks target --eval-episodes 1")
+    folder = train(tmp_path, "--jump-tasks target --eval-episodes 1 --jump-prior 0.5 --learning-rate 0.01")
     code = re.sub(r'Path\("runs/.+?"\)', "folder", code_of_encoders_page("play"))
     exec(code, found := {"folder": folder})
+    trained = safetensors.torch.load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in found["agent"].state_dict().items())
     greedy = json.loads((folder / "evaluation.json").read_text())["greedy"]
     assert [episode["return"] for episode in found["episodes"]] == greedy["return"] and len(greedy["return"]) == 7
     assert found["logits"].shape == (7, 2) and found["values"].shape == (7,)

@@ -195,7 +195,7 @@ def test_mistakes(algorithm, tmp_path, monkeypatch):
     for name in ("natur", "resnet18", "timm:resnet81", "timm:local-dir:x"):
         refused(algorithm, f"--encoder {name}", f"--encoder {name}: unknown", "--help", "timm:")
     refused(algorithm, f"{resnet} --encoder-weights timm", "--encoder-weights timm: ", "Hub")
-    refused(algorithm, "--encoder-weights timm", "--encoder-weights timm: has architecture None, this run ", own)
+    refused(algorithm, "--encoder-weights timm", "--encoder-weights timm: has no metadata", "--encoder timm:NAME")
     refused(algorithm, f"{resnet} --encoder-weights {other}", f"--encoder-weights {other}: ", "conv1.0.weight")
     if algorithm == "ppo":  # the other one's images are too small for it
         refused(algorithm, f"--encoder timm:test_convnext --encoder-weights {other}", f"--encoder-weights {other}: ")
