@@ -505,8 +505,8 @@ def load_encoder(path, encoder):
         if of_timm := encoder.timm and "architecture" not in metadata:  # its own, or a file's that it has written
             tensors = nn.ModuleList(encoder.timm(tensors)).state_dict(prefix="layers.")
             metadata = encoder.about | {"objective": "pretraining", "environment": "timm's data"}
-        about = {key: (metadata.get(key, here), here) for key, here in encoder.about.items()}  # older ones say less
-        wrong = [f"{key} {theirs}, this run {here}" for key, (theirs, here) in about.items() if theirs != here]
+        theirs = encoder.about | metadata  # an older file may say less
+        wrong = [f"{key} {theirs[key]}, this run {here}" for key, here in encoder.about.items() if theirs[key] != here]
         if wrong := "; ".join(wrong) if metadata else "no metadata, so needs --encoder timm:NAME (own: save_encoder)":
             raise SystemExit(f"--encoder-weights {path}: has {wrong}; give another file, or `none`")
         # timm has none for PPO's layer to z, which may be random as long as it is trained
