@@ -8,7 +8,8 @@
 Every flag of the algorithm may have several values; all their combinations, the arms, are compared. An id that ends in
 a version is of ppo_pisco.py, any other one a control task of drqv2_pisco.py. What follows `--` goes to all runs. The
 learning rate, if it has several values, is chosen for every arm with seeds that the comparison does not use. After
-Ctrl-C the same command goes on. In the end runs/compare/ENVIRONMENT-... has compare.md, curves.png and two tables.
+Ctrl-C the same command goes on, or begins anew where the algorithm, the environment's module or the weights have been
+edited. In the end runs/compare/ENVIRONMENT-... has compare.md, curves.png and two tables.
 """
 
 import argparse
@@ -135,7 +136,7 @@ def make_runs(name, program, methods, first_seed, n):
 
 def finish(runs, args, bar):
     """Runs what has no results yet. Returns the runs that failed."""
-    left = runner.unfinished(runs, args)
+    left = [run for run in runs if not runner.is_finished(run, args.results)]
     bar.initial += len(runs) - len(left)  # the time left is that of the others
     bar.update(len(runs) - len(left))
     return runner.run_all(left, args, bar) if left else []
@@ -157,7 +158,7 @@ def reference_of(arms, results):
 def summarise(folder, arms, rates):
     """The comparison as Markdown: table and what it can and can't tell; and the name of the best arm."""
     results, scale, rows = plot.read_suite(folder), plot.scale_of(folder), []
-    unseen = plot.read_suite(folder, "greedy_unseen_success")  # Jump's tasks that were not trained
+    unseen = plot.read_suite(folder, plot.UNSEEN_SUCCESS)  # Jump's tasks that were not trained
     reference = reference_of(arms, results)
     limit = min(np.median(runs.minutes[:, -1]) for runs in results.values())
     for arm, runs in results.items():
@@ -165,15 +166,15 @@ def summarise(folder, arms, rates):
         row["at the end"], row["mean over the run"] = plot.scores_text(runs.both, scale.digits)
         if scale == plot.SUCCESS:
             equal = stats.mean_until(runs.minutes, runs.scores, limit)[:, None]
-            (row[f"mean until minute {limit:.2g}"],) = plot.scores_text(equal, 2)
+            (row[f"mean until minute {limit:.2g} of training"],) = plot.scores_text(equal, 2)
         if arm in unseen:
             (row["unseen tasks, at the end"],) = plot.scores_text(unseen[arm].scores[:, -1:], 2)
-        row["minutes a run"] = plot.minutes_of(folder, arm)
+        row["wall minutes a run"] = plot.minutes_of(folder, arm)
         rows.append(row | {f"P(better than {reference})": plot.better_than(runs, results[reference])})
     table = plot.markdown(list(rows[0]), [list(row.values()) for row in rows])
     means = {arm: runs.both[:, 1] for arm, runs in results.items()}
     best, *others = sorted(means, key=lambda arm: -means[arm].mean())
-    sentences = [f"Score: {scale.name}. Best in the mean over the run: {best}."]
+    sentences = [f"Score: {scale.name}; above interquartile means. Best in the plain mean over the run: {best}."]
     if others:
         other = reference if best != reference else others[0]
         sentences.append(certainty(best, other, means[best], means[other], scale.digits, len(others)))
@@ -208,12 +209,19 @@ def prepare(args, flags):
     return module, arms, words
 
 
+def name_of(module, env_id, words):
+    """The folder's name: an edited algorithm or environment, other weights or flags have results of their own."""
+    files = {module.__file__, sys.modules.get(env_id.split(":")[0], module).__file__}
+    files |= {word for arm in words.values() for line in arm.values() for word in line if os.path.isfile(word)}
+    content = b"".join(Path(file).read_bytes() for file in sorted(files)) + repr(words).encode()
+    return re.sub(r"[^\w.-]+", "-", env_id) + "-" + hashlib.sha256(content).hexdigest()[:8]
+
+
 def compare(args, flags):
     """Runs the comparison and prints what it says. Returns the exit code."""
     module, arms, words = prepare(args, flags)
     program, rates = f"{module.__name__}.py", list(next(iter(words.values())))
-    name = re.sub(r"[^\w.-]+", "-", next(iter(arms.values()))["--env-id"])
-    name += "-" + hashlib.sha256(Path(module.__file__).read_bytes() + repr(words).encode()).hexdigest()[:8]
+    name = name_of(module, next(iter(arms.values()))["--env-id"], words)
     folder, chosen = args.results / name, dict.fromkeys(arms, rates[0])
     trials = {f"{arm}, {r}": line for arm, found in words.items() for r, line in found.items() if len(rates) > 1}
     trials = make_runs(f"{name}-rates", program, trials, 1001, args.rate_seeds)  # the comparison's seeds are 1, 2, ...
