@@ -76,14 +76,13 @@ def with_encoder(methods, encoder):
     }
 
 
-def in_cells(methods, sources="jump-sources", splits=SPLITS):
-    """{"SPLIT encoder SEED, METHOD": flags} of the methods on every split's target tasks, with each of the encoders of
-    the suite `sources`."""
+def in_cells(methods):
+    """{"SPLIT encoder SEED, METHOD": flags} of the methods on every split's target tasks, with each of its encoders."""
     return {
-        f"{split} encoder {seed}, {name}": f"{flags} --jump-tasks {splits[split][1]}"
-        for split in splits
+        f"{split} encoder {seed}, {name}": f"{flags} --jump-tasks {target}"
+        for split, (_, target) in SPLITS.items()
         for seed in ENCODER_SEEDS
-        for name, flags in with_encoder(methods, encoder_of(sources, split, seed)).items()
+        for name, flags in with_encoder(methods, encoder_of("jump-sources", split, seed)).items()
     }
 
 
