@@ -95,7 +95,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A that makes the views
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector; simsiam always has one, else it collapses, curl a matrix
+    projector_dim: int = 256  # hidden width of the projector, which simsiam has in any case; curl has a matrix instead
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per minibatch
 
     # PPO
@@ -262,7 +262,7 @@ def make_envs(args, num_envs, seeds, evaluation):
     sys.path += {os.getcwd()}.difference(sys.path)  # where the user's own module is, wherever this file lies
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("PYGLET_HEADLESS", "1")  # MiniWorld draws with pyglet, which would look for a screen
-    kwargs = {"window_width": 1, "window_height": 1} if args.env_id.startswith("miniworld:") else {}  # never freed
+    kwargs = {"window_width": 1, "window_height": 1} if args.env_id.startswith("miniworld:") else {}  # it leaks them
     options, main, file = {"autoreset_mode": NEXT_STEP}, vars(sys.modules["__main__"]), None
     if args.vectorization == "async":
         options["context"] = "spawn"  # a fork hangs where something has been drawn
@@ -363,8 +363,8 @@ def layer_init(layer, std=2**0.5):
 class ResidualBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.conv0 = layer_init(nn.Conv2d(channels, channels, 3, padding=1))
-        self.conv1 = layer_init(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)  # orthogonal weights would make z too large
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         return x + self.conv1(F.relu(self.conv0(F.relu(x))))
@@ -380,7 +380,7 @@ def impala_layers(channels):
     """The nine layers of Espeholt et al. 2018: three times a convolution with pooling and two residual blocks."""
     layers = []
     for width in (16, 32, 32):
-        conv, pool = layer_init(nn.Conv2d(channels, width, 3, padding=1)), nn.MaxPool2d(3, stride=2, padding=1)
+        conv, pool = nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1)
         layers += [nn.Sequential(conv, pool), ResidualBlock(width), ResidualBlock(width)]
         channels = width
     layers[-1] = nn.Sequential(layers[-1], nn.ReLU())  # a residual block ends without one
@@ -439,7 +439,7 @@ class Encoder(nn.Module):
         self.frozen = len(self.layers) if count == "all" else count
         if not 0 <= self.frozen <= len(self.layers):
             raise SystemExit(f"--freeze-layers {count}: this encoder has 0 to {len(self.layers)} layers to freeze")
-        self.layers[: self.frozen].requires_grad_(False).eval()  # eval: no statistics of a frozen layer move
+        self.layers[: self.frozen].requires_grad_(False)
 
     @torch.no_grad()
     def frozen_prefix(self, obs):
@@ -947,7 +947,7 @@ def train(args, program=(__file__,)):
             # The share is measured on one of 24 minibatches at most, which takes less than 2% of the time.
             measure = (iteration - 1) % math.ceil(24 / (args.update_epochs * args.num_minibatches)) == 0
             losses = update(agent, optimizer, rollout, next_value, args, measure) if rollout.valid.any() else {}
-            episodes = (episodes + ended)[-100:]
+            episodes = (episodes + ended)[-100:]  # charts/* are their means
             seconds += time.perf_counter() - began
             row = {"global_step": global_step, "charts/SPS": global_step / seconds}
             row["charts/learning_rate"] = optimizer.param_groups[0]["lr"]

