@@ -7,7 +7,7 @@
 
     python drqv2_pisco.py --freeze-layers 2                                 # cartpole-swingup, encoder of the balance
     python drqv2_pisco.py --encoder-weights none --ssl none                 # DrQ-v2 from scratch, its own settings
-    python drqv2_pisco.py --env-id walker-walk --help                       # any task has the official defaults
+    python drqv2_pisco.py --env-id walker-walk --help                       # the defaults of this task
     python drqv2_pisco.py --resume runs/cartpole-swingup__drqv2_pisco__1__1700000000000000    # go on with a killed run
 
 PiSCO is the self-supervised loss of S. M. R. Arnold and F. Sha, "Policy-Induced Self-Supervision Improves
@@ -96,7 +96,7 @@ class Args:
     augmentation: Literal["shift", "noise"] = "shift"  # random augmentation A, of the critics' and actor's images too
     shift_pixels: int = 4  # largest shift in pixels, in each direction
     projector: Literal["mlp", "residual", "none"] = "none"  # h: an MLP, z plus an MLP that begins at zero, the identity
-    projector_dim: int = 256  # hidden width of the projector; simsiam always has one, else it collapses, curl a matrix
+    projector_dim: int = 256  # hidden width of the projector, which simsiam has in any case; curl has a matrix instead
     curl_tau: float = 0.05  # curl: step of the key encoder's moving average, once per update
 
     # DrQ-v2
@@ -118,7 +118,7 @@ class Args:
     replay_size: int = 1_000_000  # transitions that the replay buffer has room for; fewer where the run is shorter
 
 
-# The defaults above are the official ones of easy tasks. What --env-id matches has these on top.
+# Above are the official defaults of easy tasks, which other tasks have too; what --env-id matches has these on top.
 MEDIUM = {"total_frames": 3_100_000, "stddev_steps": 500_000}
 DEFAULTS = [
     ("cartpole-swingup", {"encoder_weights": str(ENCODERS / "cartpole-balance__drqv2__rl.safetensors")}),
@@ -167,9 +167,7 @@ class DMCPixels(gym.Env):
         tasks |= {f"manipulation-{task[:-7]}" for task in manipulation.ALL if task.endswith("_vision")}
         if env_id not in tasks:
             close = difflib.get_close_matches(env_id, tasks) or ["cartpole-swingup", "walker-walk"]
-            raise SystemExit(
-                f"--env-id {env_id}: unknown (for games use ppo_pisco.py); did you mean {', '.join(close)}?"
-            )
+            raise SystemExit(f"--env-id {env_id}: unknown (games: ppo_pisco.py); did you mean {', '.join(close)}?")
         domain, task = env_id.split("-")
         self.action_repeat, self.divergence, self.camera = action_repeat, PhysicsError, None
         if domain == "manipulation":  # brings its own images of 84x84 pixels
@@ -299,7 +297,7 @@ class Encoder(nn.Module):
         self.frozen = len(self.layers) if count == "all" else count
         if not 0 <= self.frozen <= len(self.layers):
             raise SystemExit(f"--freeze-layers {count}: this encoder has 0 to {len(self.layers)} layers to freeze")
-        self.layers[: self.frozen].requires_grad_(False).eval()  # eval: no statistics of a frozen layer move
+        self.layers[: self.frozen].requires_grad_(False)
 
     @torch.no_grad()
     def frozen_prefix(self, obs):
@@ -542,7 +540,7 @@ class Replay:
     def __init__(self, path, rows, image_shape, action_dim, seed):
         columns = [("index", "i8"), ("image", "u1", image_shape), ("action", "f4", (action_dim,))]
         dtype = np.dtype([*columns, ("reward", "f4"), ("end", "?")], align=True)
-        # A full disk is noticed here, not by a crash later. Open for appending, a file lacks the C library's fall-back.
+        # A full disk is noticed here, not by a crash later. In append mode glibc couldn't help the file system.
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
@@ -711,8 +709,7 @@ def play_episode(agent, env, args, device, seed, images=None):
     `images`, where given, thinned out to 160 pixels at most."""
     image, _ = env.reset(seed=seed)
     obs = np.concatenate([image] * args.frame_stack)  # (C * frame_stack, H, W) uint8
-    thin = math.ceil(max(image.shape[1:]) / 160)
-    total = 0.0
+    thin, total = math.ceil(max(image.shape[1:]) / 160), 0.0
     for length in range(1, args.eval_max_steps + 1):
         if images is not None and len(images) < 1000:
             images.append(image[:, ::thin, ::thin].copy())
@@ -917,9 +914,7 @@ def train(args, program=(__file__,)):
         unusable = not replay.episodes and (images > replay.rows or truncated and images <= args.nstep)
         if unusable or last and not critic_optimizer.state:
             (folder / "replay.bin").unlink()
-            raise SystemExit(
-                "--total-frames, --nstep, --replay-size: no episode ends that has nstep steps and fits in the buffer"
-            )
+            raise SystemExit("--total-frames, --nstep, --replay-size: no episode has nstep steps and fits the buffer")
         row = {"global_step": after, "charts/SPS": after / seconds, "charts/stddev": std}
         if done:
             row["charts/episodic_return"], row["charts/episodic_length"] = episode_return, step - first_step

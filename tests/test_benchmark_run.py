@@ -69,7 +69,7 @@ def kept(runner, run, cpus=2):
 
 
 # What each suite's flags come to, all arguments of all methods: a change of a default would make kept results another
-# command's. Print `digest(suite)` for a new suite with results.
+# command's. Print `digest(suite)` for a new suite with results; `left_out` is for new arguments that change nothing.
 DIGESTS = {
     "jump-settings": "e15d5aaa6170",
     "jump-unseen": "c352b34a4930",

@@ -288,7 +288,7 @@ def test_renderer(monkeypatch, platform, display, before, after):
 
 
 def test_renderer_that_fails_speaks_for_itself(tmp_path):
-    environment = os.environ | {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "7"}
+    environment = os.environ | {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "999"}
     argv = [sys.executable, ROOT / "drqv2_pisco.py", *command(tmp_path / "runs")]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" in done.stderr and "MUJOCO_EGL_DEVICE_ID" in done.stderr
@@ -715,10 +715,14 @@ class Silent(TinyControl):
     """One that Gymnasium users have: no state to be asked for, grey images that are wider than high, actions to 3, and
     rewards that are NumPy's numbers."""
 
-    seen = []
+    seen, seeds = [], []
 
     def __init__(self):
         super().__init__(shape=(1, 30, 44), high=3.0)
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        return super().reset(seed=seed, options=options)
 
     def step(self, action):
         self.seen.append(np.abs(action).max())
@@ -728,12 +732,14 @@ class Silent(TinyControl):
 
 def test_own_environment_trains_evaluates_and_resumes(tmp_path, monkeypatch):
     use(monkeypatch, lambda args: gym.wrappers.RescaleAction(Silent(), -1.0, 1.0))
-    Silent.seen.clear()
+    Silent.seen.clear(), Silent.seeds.clear()
     with monkeypatch.context() as patch:
         kill_at(patch, drqv2_pisco, "update", 20)
         folder = train_until_killed(tmp_path, "--capture-video")
     assert drqv2_pisco.load_checkpoint(folder, "cpu")["env"] is None
+    killed, first = len(Silent.seeds), Silent.seeds[0]
     rows = metrics(resume(folder))
+    assert None not in (first, Silent.seeds[killed]) and Silent.seeds[killed] != first  # no episode comes twice
     assert rows[-1]["global_step"] == "240" and [row["eval/greedy_return"] != "" for row in rows].count(True) == 3
     assert 1.5 < max(Silent.seen) <= 3.0  # scaled from -1..1
     assert encoder_file(folder / "encoder.safetensors")[1]["observation_shape"] == "[3, 30, 44]"

@@ -311,8 +311,11 @@ def test_evaluation_at_the_end_alone(tmp_path, capsys, interval):
 
 
 def test_bf16_trains_the_encoder(tmp_path):
-    tensors, _ = encoder_file(pretrain(tmp_path, f"--objective state {JUMP} --bf16"))
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    flags = ("--bf16", "", "--bf16 --learning-rate 0")
+    found = [encoder_file(pretrain(tmp_path, f"--objective state {JUMP} --force {words}"))[0] for words in flags]
+    assert all(tensor.dtype == torch.float32 for tensor in found[0].values())
+    rounded, exact, untrained = (tensors["layers.0.0.weight"] for tensors in found)
+    assert not torch.equal(rounded, exact) and not torch.equal(rounded, untrained)
 
 
 def test_evaluation_changes_nothing():
