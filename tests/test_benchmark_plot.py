@@ -612,7 +612,8 @@ def test_the_page_is_for_two_minutes(monkeypatch):
     words = [word for line in text.splitlines() if not line.startswith("|") for word in line.split()]
     assert len(words) <= 1300
     judged = [name for name in plot.FAMILIES if plot.judge_family(name)[0]]
-    for name in (*judged, "jump-unseen scores", "exploratory", "freezing", "noise", "speed", "jump-cells"):
+    others = ("jump-unseen scores", "exploratory", "freezing", "noise", "speed", "jump-cells", "jump-others")
+    for name in (*judged, *others):
         assert f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page, name
     readme = (ROOT / "README.md").read_text()
     found = re.search(r"## What was found\n(.+?)\n## ", readme, flags=re.S).group(1)
