@@ -94,6 +94,7 @@ def seeds_of_cells(methods):
 # The loss with the acting policy as its teacher: settings are chosen on floors that no result is about
 LIFTED = join([(x, 36) for x in (20, 28, 36, 44)] + [(x, 28) for x in (24, 32, 40)])  # `target`, moved up
 LIFTED_GRID = join((x, y) for x in range(20, 46) for y in range(27, 38))
+ON_LIFTED = f"--jump-tasks {LIFTED} --jump-eval-tasks {LIFTED_GRID} --eval-interval 20480"
 DEPTHS = {"frozen bottom": "--freeze-layers 2", "finetuned": "--freeze-layers 0", "from scratch": SCRATCH}
 
 
@@ -177,7 +178,7 @@ SUITES = {
     },
     # Which projector, weight, share of the minibatch and learning rate, where the acting policy is the teacher?
     "jump-settings": {
-        "program": f"ppo_pisco.py --jump-tasks {LIFTED} --jump-eval-tasks {LIFTED_GRID} --eval-interval 20480",
+        "program": f"ppo_pisco.py {ON_LIFTED}",
         "methods": {
             f"{depth}, {name}": f"{freezing} {loss}"
             for settings in (SETTINGS, RATES_OF_TWO, ANNEALED, OTHER_LOSSES)
@@ -211,6 +212,13 @@ SUITES = {
         "n": 2,
         "first_seed": seeds_of_cells(AUGMENTED),
         "methods": AUGMENTED,
+    },
+    "jump-augmented-rates": {
+        "program": f"benchmark/augmented.py {ON_LIFTED}",
+        "methods": {
+            f"finetuned on augmented images, {rate}": f"{DEPTHS['finetuned']} --learning-rate {rate}"
+            for rate in ("3e-4", "1e-3", "3e-3")
+        },
     },
     # From 18 tasks to the grid's other 268, as Agarwal et al. 2021 ask: do the loss and twice the time solve them?
     "jump-18": {
