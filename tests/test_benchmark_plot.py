@@ -229,7 +229,7 @@ def test_claims_and_curves_name_methods_of_the_kept_results(monkeypatch):
         assert {method for found in panels.values() for method in found.values()} <= results.keys()
 
 
-def test_a_claims_predictions_share_its_error(plot, kept):
+def test_a_claims_predictions_share_its_error(stats, kept):
     """Two predictions, the clear one tested at 0.05 / 2 and the other then at 0.05; a third has too few runs."""
     random = np.random.default_rng(0)
     low, high = random.normal(0, 0.1, (2, 6, 2)) + np.array([[[0.0]], [[1.0]]])
@@ -237,33 +237,33 @@ def test_a_claims_predictions_share_its_error(plot, kept):
     predictions = [("tiny", "high", "low", 0.0), ("tiny", "same", "low", 0.0), ("tiny", "few", "low", 0.0)]
     (first, mean, end, counts), (second, other_mean, _, _) = kept.judge(predictions, scores)
     assert (first, second, counts) == (*predictions[:2], (6, 6, 1))
-    assert mean == plot.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2)
-    assert end == plot.difference([high[:, 0]], [low[:, 0]], 1 - 0.05 / 2)
-    assert other_mean == plot.difference([low[:, 1] + 0.01], [low[:, 1]], 0.95)
+    assert mean == stats.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2)
+    assert end == stats.difference([high[:, 0]], [low[:, 0]], 1 - 0.05 / 2)
+    assert other_mean == stats.difference([low[:, 1] + 0.01], [low[:, 1]], 0.95)
 
 
-def test_a_measurement_has_no_end_and_no_part_in_its_error(plot, kept):
+def test_a_measurement_has_no_end_and_no_part_in_its_error(stats, kept):
     random = np.random.default_rng(0)
     low, high = random.normal(0, 0.1, (2, 6, 2)) + np.array([[[0.0]], [[1.0]]])
     noise = kept.UNDER_NOISE[0]
     scores = {"tiny": {"low": low, "high": high, f"low{noise}": low, f"high{noise}": high}}
     predictions = [("tiny", "high", "low", 0.0), ("tiny", f"high{noise}", f"low{noise}", 0.0)]
     (_, mean, end, _), (_, _, no_end, _) = kept.judge(predictions, scores)
-    assert mean == plot.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2) and no_end is None
-    assert end == plot.difference([high[:, 0]], [low[:, 0]], 0.95)
+    assert mean == stats.difference([high[:, 1]], [low[:, 1]], 1 - 0.05 / 2) and no_end is None
+    assert end == stats.difference([high[:, 0]], [low[:, 0]], 0.95)
 
 
-def test_margin_enters_the_test(plot, kept):
+def test_margin_enters_the_test(stats, kept):
     """A gain of about zero comes last without a margin and, with one that large, first."""
     random = np.random.default_rng(1)
     base, better = random.normal(0, 0.1, (8, 2)), random.normal(0.3, 0.1, (8, 2))
     scores = {"tiny": {"base": base, "better": better, "same": base[::-1]}}
     predictions = [("tiny", "same", "base", 1.0), ("tiny", "better", "base", 0.0)]
     found = kept.judge(predictions, scores)
-    assert found[0][1] == plot.difference([base[::-1, 1]], [base[:, 1]], 1 - 0.05 / 2)
+    assert found[0][1] == stats.difference([base[::-1, 1]], [base[:, 1]], 1 - 0.05 / 2)
 
 
-def test_predictions_over_cells_are_judged(plot, kept):
+def test_predictions_over_cells_are_judged(stats, kept):
     """By cell and seed. All gains over "low" are positive: tested first, at 0.05 / 2; those over "same" at 0.05."""
     random = np.random.default_rng(0)
     ours, low, same = random.uniform(0, 1, (3, 4, 3, 2)) + np.array([2.0, 0.0, 2.0])[:, None, None, None]
@@ -273,19 +273,19 @@ def test_predictions_over_cells_are_judged(plot, kept):
         assert counts == (12, 12, 4)
         for (gain, interval), column in ((mean, 1), (end, 0)):
             gains = (ours - others)[..., column]
-            _, student = plot.difference([gains.mean(1)], [], 1 - level)
-            samples = np.quantile(plot.resample(gains), [level / 2, 1 - level / 2])
+            _, student = stats.difference([gains.mean(1)], [], 1 - level)
+            samples = np.quantile(stats.resample(gains), [level / 2, 1 - level / 2])
             assert gain == pytest.approx(gains.mean())
             assert interval == pytest.approx((min(samples[0], student[0]), max(samples[1], student[1])))
 
 
-def test_pair_without_spread_passes_no_test(plot, kept):
+def test_pair_without_spread_passes_no_test(stats, kept):
     """It must not take the strictest level from a pair that has a test."""
     clear = np.array([[0.0, 0.1], [0.1, 0.0]] * 3)
     scores = {"tiny": {"one": np.ones((5, 2)), "half": np.full((5, 2), 0.5), "low": clear, "high": clear + 1}}
     flat, found = kept.judge([("tiny", "one", "half", 0.0), ("tiny", "high", "low", 0.0)], scores)
     assert flat[1][0] == 0.5 and np.isnan(flat[1][1]).all()
-    assert found[1] == plot.difference([clear[:, 1] + 1], [clear[:, 1]], 1 - 0.05 / 2)
+    assert found[1] == stats.difference([clear[:, 1] + 1], [clear[:, 1]], 1 - 0.05 / 2)
 
 
 def test_a_verdict_that_another_bootstrap_turns_is_inconclusive(kept, monkeypatch):

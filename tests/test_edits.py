@@ -181,8 +181,8 @@ def test_one_more_number_takes_one_place(tmp_path, monkeypatch, file, line):
 
 @pytest.mark.parametrize("module, shape", [(ppo_pisco, (1, 60, 60)), (drqv2_pisco, (9, 24, 24))])
 def test_freezing_the_top_takes_one_place(tmp_path, monkeypatch, module, shape):
-    old = "        self.layers[: self.frozen].requires_grad_(False).eval()"
-    new = "        self.layers[len(self.layers) - self.frozen :].requires_grad_(False).eval()\n        self.frozen = 0"
+    old = "        self.layers[: self.frozen].requires_grad_(False)"
+    new = "        self.layers[len(self.layers) - self.frozen :].requires_grad_(False)\n        self.frozen = 0"
     encoder = module.Encoder(module.Args(), shape)
     module.save_encoder(tmp_path / "start.safetensors", encoder)
     flags = f"--encoder-weights {tmp_path}/start.safetensors --freeze-layers 1"
