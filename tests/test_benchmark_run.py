@@ -77,6 +77,7 @@ DIGESTS = {
     "jump-others": "5e27fce83a76",
     "jump-simsiam-curl": "a73b197b2d9f",
     "jump-augmented": "05c8a8830a5e",
+    "jump-augmented-rates": "3fbe2e385014",
     "miniworld": "f172b7683379",
     "miniworld-encoders": "d534ff54722a",
     "miniworld-sources": "2c1382cc8b57",
