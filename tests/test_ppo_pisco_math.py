@@ -291,8 +291,8 @@ def test_bf16_rounds_inside_the_encoder_alone(architecture, count):
     z.sum().backward()
     z_rounded.sum().backward()
     assert set(inside) == {torch.bfloat16} and z_rounded.dtype == torch.float32
-    # bfloat16 has eight significant bits: a rounding is off by 2**-9 at most
-    assert 0 < (z - z_rounded).norm() / z.norm() < 0.04
+    # bfloat16 has eight significant bits: a rounding is off by 2**-9 at most, and impala rounds in ten layers
+    assert 0 < (z - z_rounded).norm() / z.norm() < (0.02 if architecture == "nature" else 0.04)
     for exact, coarse in zip(encoder.layers[count:].parameters(), rounded.layers[count:].parameters()):
         assert coarse.grad.dtype == torch.float32
         # processors that know no AVX-512 round the sums of a weight's gradient too: 0.07 was seen there, 0.03 elsewhere
