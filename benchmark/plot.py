@@ -40,12 +40,7 @@ from kept import (  # noqa: E402
     split_of,
     splits_of,
 )
-from stats import (  # noqa: E402
-    aggregate,
-    compare,
-    improvement,
-    resample,
-)
+from stats import aggregate, compare, improvement, resample  # noqa: E402
 from suites import AT_THE_END, BESIDE_UNSEEN, CELLS, FAMILIES, GRIDS, PANELS, SPLITS, STDS, UNSEEN  # noqa: E402
 
 import ppo_pisco  # noqa: E402
